@@ -1,0 +1,1 @@
+"""Open-weight Qwen architectures as functional Flax modules."""

@@ -1,0 +1,190 @@
+"""The rotary settings of config.json: `rope_scaling` or `rope_parameters` <-> `RopeSpec`."""
+
+import math
+import warnings
+from typing import Any
+
+from qwen_jax.config import RopeKind, RopeSpec
+from qwen_jax.errors import UserError
+from qwen_jax.json_fields import Fields, disagreement, shown
+
+# What each kind reads besides its name and base; anything else in the dict is refused.
+_ROPE_OPTIONS = {
+    RopeKind.DEFAULT: (),
+    RopeKind.LINEAR: ("factor",),
+    RopeKind.DYNAMIC: ("factor",),
+    RopeKind.YARN: ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+                    "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}  # fmt: skip
+
+
+def read_rope(fields: Fields, max_position_embeddings: int) -> RopeSpec:
+    """Takes the rotary settings out of `fields`, in either layout; two that disagree are refused.
+
+    Raises:
+      UserError: as `read_rope_parameters`.
+    """
+    theta = fields.take("rope_theta", "number")
+    parameters = fields.take("rope_parameters", "object", {})
+    scaling = fields.take("rope_scaling", "object", {})
+    if parameters and scaling:
+        base = {"rope_theta": theta or 10_000.0}
+        if {**base, **parameters} != {**base, **scaling}:
+            found = {"rope_parameters": parameters, "rope_scaling": scaling}
+            raise UserError(f"{fields.source}: {disagreement(found)}")
+    parameters = parameters or scaling
+    inner_theta = parameters.get("rope_theta")
+    if theta is not None and inner_theta is not None and theta != inner_theta:
+        found = {"rope_theta": theta, "rope_theta in rope_parameters": inner_theta}
+        raise UserError(f"{fields.source}: {disagreement(found)}")
+    # transformers gives a trained length at the top of the file precedence over the nested one.
+    original = fields.take("original_max_position_embeddings", "integer")
+    kind = parameters.get("rope_type", parameters.get("type"))
+    if original is not None and kind == RopeKind.YARN:
+        parameters = {**parameters, "original_max_position_embeddings": original}
+    theta = 10_000.0 if theta is None else theta
+    return read_rope_parameters(parameters, theta, max_position_embeddings, fields.source)
+
+
+def read_rope_parameters(
+    parameters: dict[str, Any], theta: float, max_position_embeddings: int, source: str
+) -> RopeSpec:
+    """Reads the dict that config.json holds as `rope_scaling` or `rope_parameters`.
+
+    Args:
+      parameters: `rope_type` (or `type`) and its options; `rope_theta` overrides `theta`.
+      theta: base of the frequencies.
+      max_position_embeddings: the declared length, which `dynamic` scales from, and which `yarn`
+        takes, with a warning, when `original_max_position_embeddings` is absent.
+      source: names the place in errors.
+
+    Raises:
+      UserError: unknown kind, or an option that the kind does not have.
+    """
+    options = Fields(parameters, f"{source}: rope")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError(f"{source}: rope parameters by layer type are not supported: {parameters}")
+    names = {
+        options.take(name, "string", "default")
+        for name in ("rope_type", "type")
+        if name in parameters
+    }
+    if len(names) > 1:
+        raise UserError(f"{source}: rope_type and type disagree: {' and '.join(sorted(names))}")
+    name = names.pop() if names else "default"
+    if name not in tuple(RopeKind):
+        raise UserError(
+            f"{source}: rope_type = {shown(name)} is not supported; known: {', '.join(RopeKind)}"
+        )
+    kind = RopeKind(name)
+    theta = float(options.take("rope_theta", "number", theta))
+    if theta <= 0:
+        raise UserError(f"{source}: rope_theta = {theta} must be positive")
+    if options.take("partial_rotary_factor", "number", 1.0) != 1.0:
+        raise options.refuse(
+            "partial_rotary_factor", parameters["partial_rotary_factor"], "only 1.0 is"
+        )
+    unread = [
+        name
+        for name, value in options.values.items()
+        if value is not None and name not in _ROPE_OPTIONS[kind]
+    ]
+    if unread:
+        raise options.refuse(
+            unread[0], parameters[unread[0]], f"rope_type {kind.value} does not read it; remove it"
+        )
+    return _ROPE_READERS[kind](options, theta, max_position_embeddings)
+
+
+def _read_default(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    del options, max_position_embeddings
+    return RopeSpec(theta=theta)
+
+
+def _read_linear(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    del max_position_embeddings
+    return RopeSpec(theta=theta, kind=RopeKind.LINEAR, factor=_read_factor(options))
+
+
+def _read_dynamic(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    return RopeSpec(
+        theta=theta,
+        kind=RopeKind.DYNAMIC,
+        factor=_read_factor(options),
+        original_max_position_embeddings=max_position_embeddings,
+    )
+
+
+def _read_yarn(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    """YaRN (arXiv 2309.00071) with the options of transformers, where 0 counts as not given."""
+    original = options.take("original_max_position_embeddings", "integer")
+    if original is None:
+        original = max_position_embeddings
+        warnings.warn(
+            f"{options.source}: yarn without original_max_position_embeddings takes "
+            f"max_position_embeddings = {original}, as transformers does; the Qwen cards mean the "
+            "trained length, 32768",
+            stacklevel=2,
+        )
+    if original < 1:
+        raise options.refuse("original_max_position_embeddings", original, "at least 1 is needed")
+    if "factor" in options.values and options.values["factor"] is None:
+        factor = max_position_embeddings / original
+    else:
+        factor = _read_factor(options)
+    attention_factor = options.take("attention_factor", "number")
+    mscale = options.take("mscale", "number")
+    mscale_all_dim = options.take("mscale_all_dim", "number")
+    if attention_factor is None:
+        if mscale and mscale_all_dim:
+            attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+        else:
+            attention_factor = _mscale(factor, 1.0)
+    return RopeSpec(
+        theta=theta,
+        kind=RopeKind.YARN,
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=float(attention_factor),
+        beta_fast=float(options.take("beta_fast", "number") or 32.0),
+        beta_slow=float(options.take("beta_slow", "number") or 1.0),
+        truncate=options.take("truncate", "boolean", True),
+    )
+
+
+_ROPE_READERS = {
+    RopeKind.DEFAULT: _read_default,
+    RopeKind.LINEAR: _read_linear,
+    RopeKind.DYNAMIC: _read_dynamic,
+    RopeKind.YARN: _read_yarn,
+}
+
+
+def _mscale(factor: float, coefficient: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+
+def _read_factor(options: Fields) -> float:
+    factor = float(options.require("factor", "number"))
+    if factor <= 0:
+        raise options.refuse("factor", factor, "a positive number is needed")
+    return factor
+
+
+def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
+    """The `rope_scaling` of config.json that reads back as `rope`; null for unscaled RoPE."""
+    match rope.kind:
+        case RopeKind.DEFAULT:
+            return None
+        case RopeKind.LINEAR | RopeKind.DYNAMIC:
+            return {"rope_type": rope.kind.value, "factor": rope.factor}
+        case RopeKind.YARN:
+            return {
+                "rope_type": "yarn",
+                "factor": rope.factor,
+                "original_max_position_embeddings": rope.original_max_position_embeddings,
+                "attention_factor": rope.attention_factor,
+                "beta_fast": rope.beta_fast,
+                "beta_slow": rope.beta_slow,
+                "truncate": rope.truncate,
+            }

@@ -1,0 +1,86 @@
+"""JSON objects read field by field: each value type-checked, each error naming file and field."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+
+class Fields:
+    """The fields of one JSON object, each read at most once; what is left over is refused."""
+
+    def __init__(self, values: dict[str, Any], source: str):
+        self.values = dict(values)
+        self.source = source
+
+    def take(self, name: str, kind: str, default: Any = None) -> Any:
+        """Removes and returns field `name`; null counts as absent and gives `default`."""
+        value = self.values.pop(name, None)
+        if value is None:
+            return default
+        if not _KINDS[kind](value):
+            raise UserError(f"{self.source}: {name} = {shown(value)} should be {kind}")
+        return value
+
+    def require(self, name: str, kind: str) -> Any:
+        """Like `take`, for a field without which there is no model."""
+        value = self.take(name, kind)
+        if value is None:
+            raise UserError(f"{self.source}: {name} is missing; a {kind} is needed")
+        return value
+
+    def refuse(self, name: str, value: Any, why: str) -> UserError:
+        """The error for a value that is not honoured."""
+        return UserError(f"{self.source}: {name} = {shown(value)} is not supported: {why}")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "integer": _is_integer,
+    "number": _is_number,
+    "boolean": lambda v: isinstance(v, bool),
+    "string": lambda v: isinstance(v, str),
+    "object": lambda v: isinstance(v, dict),
+    "list of strings": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    "integer or list of integers": lambda v: (
+        _is_integer(v) or (isinstance(v, list) and all(map(_is_integer, v)))
+    ),
+}
+
+
+def shown(value: Any) -> str:
+    """The value as JSON, shortened to fit a one-line message."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def disagreement(found: dict[str, Any]) -> str:
+    """The clause of an error that says which fields contradict each other."""
+    pairs = " and ".join(f"{name} = {shown(value)}" for name, value in found.items())
+    return f"{pairs} disagree; keep one"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      UserError: it is absent, is not UTF-8 JSON, or cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
