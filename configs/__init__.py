@@ -1,0 +1,1 @@
+"""Published models and experiments, one Python file a family."""

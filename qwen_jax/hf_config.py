@@ -6,13 +6,14 @@ settings (`rope_theta` + `rope_scaling`, and `rope_parameters`) and of the dtype
 listed in `_INERT`, and a field on no list is refused too, since nobody can tell what it does.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_rope import read_rope, write_rope_scaling
+from qwen_jax.hf_rope import read_rope, read_rope_parameters, write_rope_scaling
 from qwen_jax.json_fields import Fields, disagreement, read_json, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,9 +29,9 @@ _INERT = frozenset(
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torchscript transformers_version typical_p unk_token_id
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
+    seq_length suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version typical_p
+    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
 """.split()
 )
 
@@ -46,6 +47,12 @@ _ONLY = {
     "partial_rotary_factor": 1.0,
     "use_mrope": False,
 }
+
+# Where removing the field, as `_refuse_leftovers` advises, would not help.
+_WHY_REFUSED = dict.fromkeys(
+    ("quantization_config", "quantization", "compression_config"),
+    "quantised tensors are not read; use the unquantised checkpoint",
+)
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -87,15 +94,15 @@ def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelCon
 def _refuse_leftovers(fields: Fields) -> None:
     for name, value in fields.values.items():
         if name in _ONLY:
-            if value not in (None, _ONLY[name]):
+            # Null means the default, but for is_causal, where transformers takes it for false.
+            if value != _ONLY[name] and (value is not None or name == "is_causal"):
                 raise fields.refuse(name, value, f"only {shown(_ONLY[name])} is")
             continue
         # Null, false and empty are how every framework spells "not in use".
         if name in _INERT or value in (None, False, [], {}, ""):
             continue
-        raise fields.refuse(
-            name, value, "it may change the logits; remove the field if you know that it does not"
-        )
+        why = "it may change the logits; remove the field if you know that it does not"
+        raise fields.refuse(name, value, _WHY_REFUSED.get(name, why))
 
 
 def _read_dense(fields: Fields, family: str) -> ModelConfig:
@@ -109,14 +116,20 @@ def _read_dense(fields: Fields, family: str) -> ModelConfig:
     hidden_size = fields.require("hidden_size", "integer")
     num_heads = fields.require("num_attention_heads", "integer")
     num_layers = fields.require("num_hidden_layers", "integer")
-    num_kv_heads = fields.take("num_key_value_heads", "integer", num_heads)
+    default_kv_heads = num_heads if "num_key_value_heads" in fields.values else 32
+    num_kv_heads = fields.take("num_key_value_heads", "integer", default_kv_heads)
     head_dim = fields.take("head_dim", "integer")
     if head_dim is None:
         head_dim = 128 if is_qwen3 else hidden_size // max(num_heads, 1)
 
     attention_bias = fields.take("attention_bias", "boolean", not is_qwen3)
-    if not is_qwen3 and not attention_bias:
-        raise fields.refuse("attention_bias", False, "qwen2 always has q, k and v biases")
+    if not is_qwen3:
+        for name, bias in (
+            ("attention_bias", attention_bias),
+            ("qkv_bias", fields.take("qkv_bias", "boolean", True)),
+        ):
+            if not bias:
+                raise fields.refuse(name, False, "qwen2 always has q, k and v biases")
 
     max_position_embeddings = fields.take("max_position_embeddings", "integer", 32768)
     layer_types, sliding_window = _read_layer_types(fields, num_layers)
@@ -196,17 +209,34 @@ def _read_layer_types(fields: Fields, num_layers: int) -> tuple[tuple[LayerKind,
     return tuple(map(LayerKind, layer_types)), window
 
 
+def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any]) -> ModelConfig:
+    """`config` with the rotary scaling replaced, its base kept unless the dict gives one.
+
+    Args:
+      config: the model.
+      rope_scaling: the dict that config.json would hold.
+
+    Raises:
+      UserError: unknown kind, or an option that the kind does not have.
+    """
+    rope = read_rope_parameters(
+        rope_scaling, config.rope.theta, config.max_position_embeddings, "rope_scaling"
+    )
+    return dataclasses.replace(config, rope=rope)
+
+
 def write_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` that reads back as `config`, in the layout that every reader knows.
 
     `rope_theta` + `rope_scaling` and `torch_dtype` are what transformers 4 and 5, and the engines
     beside them, all accept.
+
+    Raises:
+      UserError: a field of `config` that the format has no place for.
     """
     sliding = config.sliding_window is not None
     fields = {
-        "architectures": [
-            {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.family]
-        ],
+        "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -225,6 +255,10 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": write_rope_scaling(config.rope),
         "use_sliding_window": sliding,
         "sliding_window": config.sliding_window,
+        # For readers that know no layer_types.
+        "max_window_layers": (*config.layer_types, LayerKind.SLIDING_ATTENTION).index(
+            LayerKind.SLIDING_ATTENTION
+        ),
         "layer_types": [kind.value for kind in config.layer_types],
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
@@ -235,6 +269,13 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
     }
     if config.family == "qwen2":
         del fields["attention_bias"]
+    back = read_hf_config(fields, "the config.json to write")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if getattr(back, field.name) != value:
+            raise UserError(
+                f"a config.json of model_type {config.family} cannot say {field.name} = {value}"
+            )
     return fields
 
 

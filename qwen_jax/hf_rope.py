@@ -24,6 +24,8 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeSpec:
     Raises:
       UserError: as `read_rope_parameters`.
     """
+    if fields.values.get("rope_theta", 0) is None:
+        raise fields.refuse("rope_theta", None, "give the base, or remove the field for 10000")
     theta = fields.take("rope_theta", "number")
     parameters = fields.take("rope_parameters", "object", {})
     scaling = fields.take("rope_scaling", "object", {})
@@ -33,16 +35,24 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeSpec:
             found = {"rope_parameters": parameters, "rope_scaling": scaling}
             raise UserError(f"{fields.source}: {disagreement(found)}")
     parameters = parameters or scaling
-    inner_theta = parameters.get("rope_theta")
-    if theta is not None and inner_theta is not None and theta != inner_theta:
-        found = {"rope_theta": theta, "rope_theta in rope_parameters": inner_theta}
-        raise UserError(f"{fields.source}: {disagreement(found)}")
+    named = {
+        "rope_theta": theta,
+        "rope_theta in rope_parameters": parameters.get("rope_theta"),
+    }
+    thetas = {name: value for name, value in named.items() if value is not None}
+    thetas = thetas or {"rope_theta": 10_000.0}
+    theta = next(iter(thetas.values()))
+    # Qwen1's name for the base, which CodeQwen1.5 repeats; transformers does not read it.
+    qwen1_theta = fields.take("rotary_emb_base", "number")
+    if qwen1_theta is not None:
+        thetas["rotary_emb_base"] = qwen1_theta
+    if any(value != theta for value in thetas.values()):
+        raise UserError(f"{fields.source}: {disagreement(thetas)}")
     # transformers gives a trained length at the top of the file precedence over the nested one.
     original = fields.take("original_max_position_embeddings", "integer")
     kind = parameters.get("rope_type", parameters.get("type"))
     if original is not None and kind == RopeKind.YARN:
         parameters = {**parameters, "original_max_position_embeddings": original}
-    theta = 10_000.0 if theta is None else theta
     return read_rope_parameters(parameters, theta, max_position_embeddings, fields.source)
 
 
@@ -63,15 +73,17 @@ def read_rope_parameters(
     """
     options = Fields(parameters, f"{source}: rope")
     if any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError(f"{source}: rope parameters by layer type are not supported: {parameters}")
+        raise UserError(
+            f"{source}: rope parameters by layer type are not supported: {shown(parameters)}"
+        )
     names = {
-        options.take(name, "string", "default")
+        name: options.take(name, "string", "default")
         for name in ("rope_type", "type")
         if name in parameters
     }
-    if len(names) > 1:
-        raise UserError(f"{source}: rope_type and type disagree: {' and '.join(sorted(names))}")
-    name = names.pop() if names else "default"
+    if len(set(names.values())) > 1:
+        raise UserError(f"{source}: {disagreement(names)}")
+    name = next(iter(names.values()), "default")
     if name not in tuple(RopeKind):
         raise UserError(
             f"{source}: rope_type = {shown(name)} is not supported; known: {', '.join(RopeKind)}"
@@ -148,7 +160,8 @@ def _read_yarn(options: Fields, theta: float, max_position_embeddings: int) -> R
         attention_factor=float(attention_factor),
         beta_fast=float(options.take("beta_fast", "number") or 32.0),
         beta_slow=float(options.take("beta_slow", "number") or 1.0),
-        truncate=options.take("truncate", "boolean", True),
+        # transformers takes null for false here.
+        truncate=options.take("truncate", "boolean", "truncate" not in options.values),
     )
 
 

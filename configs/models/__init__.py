@@ -1,0 +1,30 @@
+"""Published models as `ModelConfig`s, by hub name in lower case and without the organisation.
+
+They serve tables of sizes, memory estimates and training from scratch; to run a checkpoint, read
+its own `config.json` with `qwen_jax.hf_config.load_config`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from configs.models import qwen1_5, qwen2, qwen2_5, qwen3
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+
+PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
+    {**qwen1_5.PRESETS, **qwen2.PRESETS, **qwen2_5.PRESETS, **qwen3.PRESETS}
+)
+
+
+def get_preset(name: str) -> ModelConfig:
+    """The preset called `name`, in any case and with or without `Qwen/` before it.
+
+    Raises:
+      UserError: no such preset; the message has the nearest name.
+    """
+    key = name.lower().removeprefix("qwen/")
+    if key in PRESETS:
+        return PRESETS[key]
+    nearest = difflib.get_close_matches(key, PRESETS, n=1, cutoff=0.0)[0]
+    raise UserError(f"preset {name!r} is unknown; the nearest of {len(PRESETS)} is {nearest}")

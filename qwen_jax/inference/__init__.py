@@ -1,0 +1,1 @@
+"""Prompts -> text: sampling, the decode loop, streaming."""

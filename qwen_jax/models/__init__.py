@@ -1,0 +1,1 @@
+"""Wiring: which blocks in which order."""

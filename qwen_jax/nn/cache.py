@@ -1,0 +1,86 @@
+"""Keys and values of the tokens seen so far: an explicit pytree, in and out of `apply`."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import ModelConfig
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """One layer's keys, rotated, and values, each [B, S, K, d]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@flax.struct.dataclass
+class Cache:
+    """What a decoder keeps between calls. Rows are independent: each has its own length.
+
+    Only real tokens take a slot, first to last without gaps, whatever the padding of the calls.
+
+    Attributes:
+      layers: `KeyValues` of each layer.
+      lengths: int32 [B], filled slots.
+      next_positions: int32 [B], one past the largest position that a row has seen.
+      frequencies_for: int32 [], the length of text whose rotary frequencies the keys have.
+      positions, ids: int32 [B, S], each slot's token, for running it again when a RoPE that
+        depends on the length of the text changes what the layers made of it.
+    """
+
+    layers: tuple[KeyValues, ...]
+    lengths: jax.Array
+    next_positions: jax.Array
+    frequencies_for: jax.Array
+    positions: jax.Array
+    ids: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of slots in a row."""
+        return self.positions.shape[1]
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of `batch` rows with `capacity` slots, keys and values of `dtype`."""
+    shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+    return Cache(
+        layers=tuple(
+            KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layer_types
+        ),
+        lengths=jnp.zeros(batch, jnp.int32),
+        next_positions=jnp.zeros(batch, jnp.int32),
+        frequencies_for=jnp.zeros((), jnp.int32),
+        positions=jnp.zeros((batch, capacity), jnp.int32),
+        ids=jnp.zeros((batch, capacity), jnp.int32),
+    )
+
+
+def grow_cache(cache: Cache, capacity: int) -> Cache:
+    """The same cache with room for `capacity` slots a row (at least what it has)."""
+    extra = max(capacity - cache.capacity, 0)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+
+    slots = (cache.layers, cache.positions, cache.ids)
+    layers, positions, ids = jax.tree.map(pad, slots)
+    return cache.replace(layers=layers, positions=positions, ids=ids)
+
+
+def rewind_cache(cache: Cache, length: int) -> Cache:
+    """The cache with only the first `length` tokens of each row, at positions 0 to length - 1."""
+    full = jnp.full_like(cache.lengths, length)
+    return cache.replace(lengths=full, next_positions=full)
+
+
+def write_slots(buffer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """`buffer` [B, S, ...] with `new` [B, T, ...] at `slots` [B, T]; slots from S on drop."""
+    if slots.shape[1] == 1 and buffer.shape[0] == 1:
+        # One token of one row: an update in place, which a scatter is not on every backend.
+        start = (0, slots[0, 0]) + (0,) * (buffer.ndim - 2)
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")

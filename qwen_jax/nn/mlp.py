@@ -1,0 +1,22 @@
+"""The gated feed-forward block."""
+
+import flax.linen as nn
+import jax
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.nn.linear import Linear
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, without biases (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        F, D = self.config.intermediate_size, self.config.hidden_size
+        std = self.config.initializer_range
+        gate = Linear(F, stddev=std, name="gate_proj")(x)
+        up = Linear(F, stddev=std, name="up_proj")(x)
+        return Linear(D, stddev=std, name="down_proj")(nn.silu(gate) * up)

@@ -1,0 +1,67 @@
+"""From the name of a published checkpoint to a model that runs."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import text
+from qwen_jax.checkpoint import loading, orbax_format
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
+from qwen_jax.models.decoder import Decoder
+
+
+def load_pretrained(
+    source: str | Path,
+    dtype: jnp.dtype | str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    allow_nonfinite: bool = True,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Loads a published checkpoint.
+
+    Args:
+      source: a directory in Hugging Face or Orbax format, or a hub id such as `Qwen/Qwen3-0.6B`.
+      dtype: of the parameters and activations: float32, bfloat16 or float16. None means float32
+        on CPU, whose other products are slow, and the checkpoint's own elsewhere.
+      rope_scaling: replaces the checkpoint's, the dict that config.json would hold, such as
+        `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
+      allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
+
+    Returns:
+      The model and its parameters: `model.apply({"params": params}, input_ids)`.
+
+    Raises:
+      UserError: whatever is wrong with the source, in one line that names file, field or tensor.
+    """
+    directory = resolve_source(source)
+    config = load_config(directory)
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
+    dtype = _resolve_dtype(dtype, config)
+    if orbax_format.is_orbax(directory):
+        params = orbax_format.load_orbax(config, directory, dtype)
+    else:
+        params = loading.load_params(config, directory, dtype, allow_nonfinite)
+    return Decoder(config), params
+
+
+def _resolve_dtype(dtype: jnp.dtype | str | None, config: ModelConfig) -> jnp.dtype:
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name} is not supported; known: {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def load_tokenizer(source: str | Path) -> text.Tokenizer:
+    """The tokenizer of a checkpoint directory or a hub id; no weights are read.
+
+    Raises:
+      UserError: no tokenizer files, or broken ones.
+    """
+    return text.load_tokenizer(resolve_source(source, weights=False))

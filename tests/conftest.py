@@ -1,0 +1,20 @@
+import os
+
+# Before anything imports JAX: CPU, and as many virtual devices as a sharding test may want.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that wants the hub has to start one on loopback."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,156 @@
+"""Logits, hidden states and caches against transformers, live."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import qwen_jax
+from qwen_jax.nn.cache import grow_cache, init_cache
+from tests.reference import random_reference, reference_logits, save_reference
+
+TOLERANCE = 1e-4
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+CASES = {
+    "qwen2": ("qwen2", {}),
+    "qwen2 heads of other size": ("qwen2", {"head_dim": 40}),
+    "qwen2 ratio 7, tied": (
+        "qwen2",
+        {"num_attention_heads": 14, "hidden_size": 112, "tie_word_embeddings": True},
+    ),
+    "qwen2 without groups": ("qwen2", {"num_key_value_heads": 4, "rope_theta": 7777.7}),
+    "qwen2 sliding upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "qwen3 with biases": ("qwen3", {"attention_bias": True, "rope_theta": 123.4}),
+    "qwen3 single kv head": ("qwen3", {"num_attention_heads": 7, "num_key_value_heads": 1}),
+    "qwen3 sliding by layer": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "linear": ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "dynamic": (
+        "qwen3",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}, "max_position_embeddings": 16},
+    ),
+    "yarn": ("qwen3", {"rope_scaling": YARN}),
+    "yarn attention_factor": ("qwen2", {"rope_scaling": {**YARN, "attention_factor": 0.7}}),
+    "yarn betas": ("qwen3", {"rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 0.25}}),
+    "yarn mscale": ("qwen3", {"rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.6}}),
+    "yarn not truncated": ("qwen3", {"rope_scaling": {**YARN, "truncate": False}}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def case(request, tmp_path_factory):
+    family, fields = CASES[request.param]
+    reference = random_reference(family, seed=len(request.param), **fields)
+    directory = save_reference(reference, tmp_path_factory.mktemp("model"))
+    model, params = qwen_jax.load_pretrained(directory)
+    return reference, model, params
+
+
+def random_ids(model, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, shape)
+
+
+def padding(lengths, total, side):
+    columns = np.arange(total)
+    lengths = np.asarray(lengths)[:, None]
+    return (columns < lengths if side == "right" else columns >= total - lengths).astype(np.int32)
+
+
+def test_logits_and_hidden_states_equal_the_reference(case):
+    reference, model, params = case
+    ids = random_ids(model, (2, 45))
+    with torch.no_grad():
+        expected = reference(torch.as_tensor(ids), use_cache=False, output_hidden_states=True)
+    out = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(out.logits, expected.logits, rtol=0, atol=TOLERANCE)
+    assert 0.5 < np.asarray(out.logits).std() < 2
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
+        scale = max(1.0, theirs.std().item())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_logits_equal_the_reference(case, side):
+    reference, model, params = case
+    ids = random_ids(model, (3, 30))
+    mask = padding([30, 11, 23], 30, side)
+    expected = reference_logits(reference, ids, mask)
+    logits = model.apply({"params": params}, ids, attention_mask=mask).logits
+    real = mask.astype(bool)
+    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def test_cached_decode_equals_one_full_pass(case):
+    _, model, params = case
+    ids = random_ids(model, (2, 40))
+    cache = init_cache(model.config, 2, 24, np.float32)
+    apply = jax.jit(model.apply)
+    pieces = [ids[:, :17], ids[:, 17:24]] + [ids[:, i : i + 1] for i in range(24, 40)]
+    # Each length compiles a full pass, so those that see nothing new are left out.
+    checked = {17, 24, 25, 26, 27} if model.config.rope.depends_on_length else {24, 27}
+    end = 0
+    for piece in pieces:
+        end += piece.shape[1]
+        if end > cache.capacity:
+            cache = grow_cache(cache, 40)
+        out = apply({"params": params}, piece, cache=cache)
+        cache = out.cache
+        if end in checked:
+            full = model.apply({"params": params}, ids[:, :end]).logits[:, -piece.shape[1] :]
+            np.testing.assert_allclose(out.logits, full, rtol=0, atol=TOLERANCE)
+        if end == 27:
+            break
+    np.testing.assert_array_equal(cache.lengths, [end, end])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_cached_decode_equals_each_row_alone(case, side):
+    """Rows of a padded batch go on as if each were decoded by itself."""
+    _, model, params = case
+    lengths, total, new = [20, 9], 20, 4
+    if model.config.rope.depends_on_length:
+        lengths = [20, 20]  # there, the longest row sets every row's frequencies
+    rows = [random_ids(model, (1, n + new), seed=n + i) for i, n in enumerate(lengths)]
+    mask = padding(lengths, total, side)
+    ids = np.zeros((2, total), int)
+    for row, text, n in zip(range(2), rows, lengths, strict=True):
+        ids[row, mask[row].astype(bool)] = text[0, :n]
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
+    cache = init_cache(model.config, 2, 32, np.float32)
+    out = model.apply({"params": params}, ids, mask, positions, cache, "last")
+    for step in range(new):
+        if step in (0, new - 1):
+            for row, n in enumerate(lengths):
+                alone = model.apply({"params": params}, rows[row][:, : n + step]).logits[0, -1]
+                np.testing.assert_allclose(out.logits[row, -1], alone, rtol=0, atol=TOLERANCE)
+        next_ids = np.stack(
+            [rows[row][0, n + step : n + step + 1] for row, n in enumerate(lengths)]
+        )
+        out = model.apply({"params": params}, next_ids, cache=out.cache)
+
+
+def test_logits_at_picks_positions(case):
+    _, model, params = case
+    ids = random_ids(model, (2, 12))
+    mask = padding([12, 7], 12, "right")
+    logits = model.apply({"params": params}, ids, mask).logits
+    last = model.apply({"params": params}, ids, mask, logits_at="last").logits
+    np.testing.assert_array_equal(last[:, 0], logits[np.arange(2), [11, 6]])
+    some = model.apply({"params": params}, ids, mask, logits_at=np.array([1, 5, 3])).logits
+    np.testing.assert_array_equal(some, logits[:, [1, 5, 3]])
+    own = model.apply({"params": params}, ids, mask, logits_at=np.array([[1, 5], [0, 6]])).logits
+    np.testing.assert_array_equal(own, logits[np.arange(2)[:, None], [[1, 5], [0, 6]]])

@@ -1,0 +1,60 @@
+"""What every command line shares: flags parsed, errors in one line, help that exits with 0."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from qwen_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1."""
+    _use_compilation_cache()
+    try:
+        app.run(lambda _: main(), flags_parser=_parse)
+    except UserError as error:
+        sys.exit(_one_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; Python must not complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    # absl's own help exits with 1 and hides the flags that a module imports.
+    if any(argument in ("--help", "-help", "-h", "--h") for argument in argv[1:]):
+        module = sys.modules["__main__"]
+        print((module.__doc__ or "").strip(), end="\n\n")
+        for name in _flag_modules(argv[0]):
+            print(flags.FLAGS.module_help(name))
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: arguments are given as flags; see --help")
+    return rest
+
+
+def _flag_modules(program: str) -> list[str]:
+    modules = flags.FLAGS.flags_by_module_dict()
+    return [name for name in modules if name == program or name.startswith("tools.")]
+
+
+def _one_line(error: UserError) -> str:
+    return " ".join(str(error).split())
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs outlive the process, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "qwen_jax" / "jax"))
