@@ -1,0 +1,269 @@
+"""The decode loop: a batch of prompts of any lengths in, a token a row and step out.
+
+Prompts are padded to one of few lengths and caches grow to one of few capacities, so that the
+number of compiled programs stays small whatever the texts.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import ModelConfig, RopeKind
+from qwen_jax.errors import UserError
+from qwen_jax.inference.sampling import SamplingOptions, Seen, choose, count, init_seen
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.nn.cache import Cache, grow_cache, init_cache
+
+# Slots that a cache gets for new tokens at first; it doubles when they are used up, so that a
+# high `max_new_tokens` costs nothing until the text is that long.
+_FIRST_ROOM = 256
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What one decode step hands to the next; donated, so that the cache is updated in place.
+
+    Attributes:
+      cache: of all tokens before `tokens`.
+      tokens: int32 [B], chosen and not yet in the cache.
+      keys: [B] random keys, one a row, so that a row's draws do not depend on its neighbours.
+      step: int32 [], tokens chosen so far.
+      seen: for penalties; None when there are none.
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    keys: jax.Array
+    step: jax.Array
+    seen: Seen | None
+
+
+def bucket(n: int, minimum: int = 16) -> int:
+    """The next of 16, 20, 24, 28, 32, 40, ... at or above `n`: at most a quarter is padding."""
+    if n <= minimum:
+        return minimum
+    octave = 1 << ((n - 1).bit_length() - 1)
+    step = max(octave // 4, 1)
+    return -(-n // step) * step
+
+
+class TokenStream:
+    """Iterates over decode steps; each gives a new token id for every row, None for ended rows.
+
+    A row ends with a stop id (which is given out), after `max_new_tokens`, or by `stop`. The
+    iteration ends with the last row.
+
+    Attributes:
+      cache: of the prompt and of what was generated, except for the last token given out.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        options: SamplingOptions | None = None,
+        stop_ids: Iterable[int] | None = None,
+        seed: int = 0,
+        cache: Cache | None = None,
+    ):
+        """Checks the prompts; nothing runs until the first step.
+
+        Args:
+          model, params: as `load_pretrained` returns them.
+          prompts: token ids, a row each; none may be empty.
+          max_new_tokens: of each row.
+          options: greedy when None.
+          stop_ids: ids that end a row; None takes the model's `eos_token_ids`.
+          seed: of the draws; the same seed gives the same tokens.
+          cache: of the tokens before the prompts; it is donated, so use `self.cache` afterwards.
+
+        Raises:
+          UserError: an empty prompt, an id outside the vocabulary, no tokens to generate.
+        """
+        self._model, self._params = model, params
+        self._options = options or SamplingOptions()
+        config = model.config
+        self._prompts = [np.asarray(prompt, np.int64) for prompt in prompts]
+        _check_prompts(config, self._prompts, max_new_tokens)
+        self._stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._active = [True] * len(self._prompts)
+        self._given = 0
+        self._start_cache = cache
+        self._state: DecodeState | None = None
+        # Slots in use, as far as the host needs to know: of the longest row.
+        self._used = 0 if cache is None else int(np.max(cache.lengths))
+
+    def __iter__(self) -> "TokenStream":
+        return self
+
+    def __next__(self) -> list[int | None]:
+        if not any(self._active) or self._given == self._max_new_tokens:
+            raise StopIteration
+        if self._state is None:
+            self._state = self._prefill()
+        else:
+            self._make_room()
+            self._state = _decode_step(self._model, self._params, self._state, self._options)
+            self._used += 1
+        self._given += 1
+        tokens = np.asarray(self._state.tokens).tolist()
+        step = [
+            token if active else None for token, active in zip(tokens, self._active, strict=True)
+        ]
+        for row, token in enumerate(step):
+            if token in self._stop_ids:
+                self.stop(row)
+        return step
+
+    def stop(self, row: int) -> None:
+        """Ends a row: later steps give None for it."""
+        self._active[row] = False
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache so far; None before the first step of a stream that was given none."""
+        return self._start_cache if self._state is None else self._state.cache
+
+    def _prefill(self) -> DecodeState:
+        B = len(self._prompts)
+        lengths = np.array([len(prompt) for prompt in self._prompts])
+        longest = int(lengths.max())
+        T = bucket(longest)
+        ids = np.zeros((B, T), np.int32)
+        for row, prompt in enumerate(self._prompts):
+            ids[row, : len(prompt)] = prompt
+        columns = np.arange(T)
+        mask = columns < lengths[:, None]
+        dtype = self._params["embed_tokens"]["weight"].dtype
+        config = self._model.config
+        if self._start_cache is None:
+            cache = init_cache(config, B, T, dtype)
+            past = np.zeros(B, np.int32)
+        else:
+            past = np.asarray(self._start_cache.next_positions)
+            cache = grow_cache(self._start_cache, bucket(self._used + longest))
+        self._start_cache = None
+        positions = np.where(mask, past[:, None] + columns, 0)
+        keys = jax.random.split(jax.random.key(self._seed), B)
+        _warn_if_longer(config, int((past + lengths).max()))
+        state = _prefill(
+            self._model, self._params, cache, ids, mask, positions, keys, self._options
+        )
+        self._used += longest
+        return state
+
+    def _make_room(self) -> None:
+        """A slot for the token about to enter the cache."""
+        _warn_if_longer(self._model.config, self._used + 1)
+        capacity = self._state.cache.capacity
+        if self._used < capacity:
+            return
+        left = self._max_new_tokens - self._given
+        room = bucket(self._used + min(left, max(_FIRST_ROOM, self._used)))
+        self._state = self._state.replace(cache=grow_cache(self._state.cache, room))
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+) -> list[list[int]]:
+    """New token ids for each prompt, its stop id included where it met one.
+
+    Args:
+      model, params: as `load_pretrained` returns them.
+      prompts: token ids, a row each, of any lengths.
+      max_new_tokens: of each row.
+      temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty:
+        see `SamplingOptions`.
+      seed: of the draws.
+      stop_ids: ids that end a row; None takes the model's `eos_token_ids`.
+
+    Raises:
+      UserError: an empty prompt, an id outside the vocabulary, an option outside its range.
+    """
+    options = SamplingOptions(
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+    )
+    rows: list[list[int]] = [[] for _ in prompts]
+    if not rows:
+        return rows
+    for step in TokenStream(model, params, prompts, max_new_tokens, options, stop_ids, seed):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="cache")
+def _prefill(model, params, cache, ids, mask, positions, keys, options) -> DecodeState:
+    out = model.apply({"params": params}, ids, mask, positions, cache, "last")
+    seen = init_seen(ids, mask, model.config.vocab_size) if options.penalises else None
+    state = DecodeState(out.cache, ids[:, 0], keys, jnp.zeros((), jnp.int32), seen)
+    return _chosen(state, out.logits[:, 0], options)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="state")
+def _decode_step(model, params, state, options) -> DecodeState:
+    out = model.apply({"params": params}, state.tokens[:, None], cache=state.cache)
+    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], options)
+
+
+def _chosen(state: DecodeState, logits: jax.Array, options: SamplingOptions) -> DecodeState:
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    tokens = choose(logits, state.seen, keys, options)
+    seen = None if state.seen is None else count(state.seen, tokens)
+    return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
+
+
+def exceeds_positions(config: ModelConfig, length: int) -> bool:
+    """Whether a text of `length` tokens is longer than the model's positions, unscaled."""
+    return config.rope.kind is RopeKind.DEFAULT and length > config.max_position_embeddings
+
+
+def _warn_if_longer(config: ModelConfig, length: int) -> None:
+    if exceeds_positions(config, length):
+        _warn_once(config.max_position_embeddings)
+
+
+@functools.cache
+def _warn_once(limit: int) -> None:
+    warnings.warn(
+        f"the text is longer than the model's {limit} positions (max_position_embeddings) and "
+        "RoPE is not scaled: expect the output to degrade",
+        stacklevel=2,
+    )
+
+
+def _check_prompts(config: ModelConfig, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} should be at least 1")
+    for row, prompt in enumerate(prompts):
+        if prompt.size == 0:
+            raise UserError(f"prompt {row} is empty; give at least one token")
+        if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+            worst = prompt.min() if prompt.min() < 0 else prompt.max()
+            raise UserError(
+                f"prompt {row}: token id {worst} is outside the model's vocabulary of "
+                f"{config.vocab_size}"
+            )
