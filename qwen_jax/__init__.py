@@ -7,6 +7,7 @@ out = model.apply({"params": params}, [tokenizer.encode("Hello")])
 
 from qwen_jax.checkpoint.writer import save_pretrained
 from qwen_jax.errors import UserError
+from qwen_jax.inference.decoding import generate
 from qwen_jax.pretrained import load_pretrained, load_tokenizer
 
-__all__ = ["UserError", "load_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = ["UserError", "generate", "load_pretrained", "load_tokenizer", "save_pretrained"]

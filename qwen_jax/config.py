@@ -121,3 +121,7 @@ class ModelConfig:
     def num_hidden_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layer_types)
+
+    def exceeds_positions(self, length: int) -> bool:
+        """Whether `length` tokens are more than the declared positions, with RoPE unscaled."""
+        return self.rope.kind is RopeKind.DEFAULT and length > self.max_position_embeddings

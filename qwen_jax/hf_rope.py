@@ -1,5 +1,6 @@
 """The rotary settings of config.json: `rope_scaling` or `rope_parameters` <-> `RopeSpec`."""
 
+import json
 import math
 import warnings
 from typing import Any
@@ -182,6 +183,43 @@ def _read_factor(options: Fields) -> float:
     if factor <= 0:
         raise options.refuse("factor", factor, "a positive number is needed")
     return factor
+
+
+def parse_rope_flag(text: str) -> dict[str, Any] | None:
+    """The `--rope` of a command line as the dict that config.json would hold.
+
+    Args:
+      text: `none`, or `KIND[:FACTOR][,option=value...]` such as `yarn:4,original=32768`; `original`
+        is short for `original_max_position_embeddings`. Empty means the checkpoint's own.
+
+    Returns:
+      None for the checkpoint's own.
+
+    Raises:
+      UserError: the text has another form.
+    """
+    if not text:
+        return None
+    if text == "none":
+        return {"rope_type": RopeKind.DEFAULT.value}
+    head, *rest = text.split(",")
+    kind, _, factor = head.partition(":")
+    pairs = {"rope_type": kind, **({"factor": factor} if factor else {})}
+    for option in rest:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--rope={text}: {option!r} should be option=value")
+        name = "original_max_position_embeddings" if name == "original" else name
+        pairs[name] = value
+    return {name: value if name == "rope_type" else _parsed(value) for name, value in pairs.items()}
+
+
+def _parsed(value: str) -> Any:
+    # What JSON cannot read stays text, and the reader of the option refuses it by name.
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
+from qwen_jax.json_fields import read_json
 from qwen_jax.models.decoder import Decoder
 
 
@@ -43,7 +44,7 @@ def load_pretrained(
         config = with_rope_scaling(config, rope_scaling)
     dtype = _resolve_dtype(dtype, config)
     if orbax_format.is_orbax(directory):
-        params = orbax_format.load_orbax(config, directory, dtype)
+        params = orbax_format.load_orbax(config, directory, dtype, allow_nonfinite)
     else:
         params = loading.load_params(config, directory, dtype, allow_nonfinite)
     return Decoder(config), params
@@ -62,6 +63,14 @@ def load_tokenizer(source: str | Path) -> text.Tokenizer:
     """The tokenizer of a checkpoint directory or a hub id; no weights are read.
 
     Raises:
-      UserError: no tokenizer files, or broken ones.
+      UserError: no tokenizer files, broken ones, or one with ids that the model of the same
+        directory has no embedding for.
     """
-    return text.load_tokenizer(resolve_source(source, weights=False))
+    directory = resolve_source(source, weights=False)
+    tokenizer = text.load_tokenizer(directory)
+    config = directory / "config.json"
+    if config.is_file():
+        vocab_size = read_json(config).get("vocab_size")
+        if isinstance(vocab_size, int):
+            text.check_vocabulary_fits(tokenizer, vocab_size)
+    return tokenizer

@@ -2,10 +2,11 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from qwen_jax.errors import UserError
 
@@ -13,8 +14,10 @@ from qwen_jax.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1."""
     _use_compilation_cache()
+    # One plain line a warning, and none of the runtime's remarks about devices that are not there.
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda _: _quietly(main), flags_parser=_parse)
     except UserError as error:
         sys.exit(_one_line(error))
     except KeyboardInterrupt:
@@ -23,6 +26,11 @@ def run(main: Callable[[], None]) -> None:
         # The reader of a pipe has gone; Python must not complain about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _quietly(main: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    main()
 
 
 def _parse(argv: list[str]) -> list[str]:

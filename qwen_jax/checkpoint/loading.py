@@ -2,17 +2,16 @@
 
 import concurrent.futures
 import difflib
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import tqdm
 
 from qwen_jax.checkpoint import names
+from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
 from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -21,6 +20,9 @@ from qwen_jax.models.decoder import parameter_shapes
 # Tensors in flight: one is converted while the next is read. It bounds the memory beside the
 # parameters.
 _READERS = 2
+
+# Bytes compared in one go, so that the verdicts on them stay small beside the tensor.
+_STEP = 1 << 22
 
 # XLA takes a host buffer as it is where it is aligned so.
 _ALIGNMENT = 64
@@ -54,9 +56,8 @@ def load_params(
     bad: list[str] = []
 
     def load(name: str) -> jax.Array:
-        values = stored[name].read()
-        host = _aligned_cast(values, dtype)
-        if not _all_finite(host):
+        host = _aligned_cast(stored[name].read(), dtype)
+        if not all_finite(host):
             bad.append(name)
         return jax.device_put(host)
 
@@ -66,11 +67,7 @@ def load_params(
         loaded = pool.map(load, order)
         bar = tqdm.tqdm(loaded, "loading", len(order), unit="tensor", disable=None)
         params = names.unflatten({table[name]: leaf for name, leaf in zip(order, bar, strict=True)})
-    if bad:
-        message = f"{directory}: NaN or infinite values in {names.listed(sorted(bad))}"
-        if not allow_nonfinite:
-            raise UserError(f"{message}; the checkpoint is damaged, or overflows as {dtype}")
-        warnings.warn(message, stacklevel=2)
+    report_nonfinite(directory, bad, dtype, allow_nonfinite)
     return params
 
 
@@ -96,8 +93,11 @@ def match_tensors(
     ]
     if missing:
         near = difflib.get_close_matches(missing[0], unknown, n=1)
-        hint = f"; {near[0]} is there instead" if near else ""
-        raise UserError(f"{directory}: missing tensors: {names.listed(missing)}{hint}")
+        hint = f" ({names.printable(near[0])} is there instead)" if near else ""
+        raise UserError(
+            f"{directory}: missing tensors for {config.family}: {names.listed(missing)}{hint}; "
+            "config.json and the weights are not of the same model, or a file is incomplete"
+        )
     if unknown:
         raise UserError(
             f"{directory}: unknown tensors for {config.family}: {names.listed(unknown)}; "
@@ -109,7 +109,7 @@ def match_tensors(
         if stored[name].shape != expected:
             raise UserError(
                 f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
-                f"config.json makes it {list(expected)}"
+                f"config.json makes it {list(expected)}; they are not of the same model"
             )
     return table
 
@@ -117,15 +117,23 @@ def match_tensors(
 def _check_tied_head(directory: Path, stored: dict[str, StoredTensor]) -> None:
     """A tied model's second copy of its table must equal the first."""
     head, embedding = names.TIED_HEAD
-    # As bits, so that NaN equals itself.
-    same = stored[head].shape == stored[embedding].shape and np.array_equal(
-        stored[head].read().view(np.uint8), stored[embedding].read().view(np.uint8)
+    same = stored[head].shape == stored[embedding].shape and _same_bits(
+        stored[head].read(), stored[embedding].read()
     )
     if not same:
         raise UserError(
             f"{directory}: tie_word_embeddings is true, yet {head} differs from {embedding}; "
             "set it to false in config.json, or remove the tensor"
         )
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equality in which NaN equals itself."""
+    if a.dtype != b.dtype:
+        return False
+    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    starts = range(0, a.size, _STEP)
+    return all(np.array_equal(a[i : i + _STEP], b[i : i + _STEP]) for i in starts)
 
 
 def _aligned_cast(values: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
@@ -138,17 +146,3 @@ def _aligned_cast(values: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         np.copyto(out, values, casting="unsafe")
     return out
-
-
-def _all_finite(values: np.ndarray) -> bool:
-    flat = values.reshape(-1)
-    if values.dtype == np.float32:
-        # One pass of BLAS; only its verdict "not finite" can be wrong, by overflow.
-        with np.errstate(all="ignore"):
-            return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())
-    exponent = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}[values.dtype]
-    bits = flat.view(np.uint16)
-    step = 1 << 20
-    return not any(
-        ((bits[i : i + step] & exponent) == exponent).any() for i in range(0, bits.size, step)
-    )

@@ -100,7 +100,12 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
+def printable(name: str) -> str:
+    """A name from a file, quoted where it would break a one-line message."""
+    return name if name.isprintable() else repr(name)
+
+
 def listed(items: list[str], limit: int = 5) -> str:
     """The first names of a list, and how many more there are, for a one-line message."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(map(printable, items[:limit])) + more

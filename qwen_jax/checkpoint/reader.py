@@ -5,6 +5,8 @@ unpickling anything but tensors.
 """
 
 import dataclasses
+import json
+import mmap
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from qwen_jax.checkpoint.names import printable
 from qwen_jax.errors import UserError
-from qwen_jax.json_fields import read_json
+from qwen_jax.json_fields import read_json, shown
 
-_SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16,
+SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16,
                        "BF16": ml_dtypes.bfloat16}  # fmt: skip
 
 
@@ -26,13 +29,14 @@ class StoredTensor:
     """A tensor on disk.
 
     Attributes:
-      file: that holds it.
+      file: that holds it, None for a tensor in memory.
       shape: its axes.
       dtype: as stored.
-      read: copies its values into memory.
+      read: its values, where possible a read-only view of the mapped file, so that they cost no
+        memory of their own.
     """
 
-    file: Path
+    file: Path | None
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
@@ -55,7 +59,7 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
             return _open_shards(index, open_file)
     raise UserError(
         f"{directory}: no weights; looked for model.safetensors, model.safetensors.index.json, "
-        "pytorch_model.bin and pytorch_model.bin.index.json"
+        "pytorch_model.bin, pytorch_model.bin.index.json and Orbax's params; download it again"
     )
 
 
@@ -67,52 +71,73 @@ def _open_shards(
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
-        raise UserError(f"{index}: weight_map should map tensor names to files")
+        raise UserError(f"{index}: weight_map should map tensor names to files; download it again")
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(weight_map.values()):
         if file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise UserError(f"{index}: shard {file!r} is not a file name in this directory")
+            raise UserError(
+                f"{index}: shard {shown(file)} is not a file name in this directory; "
+                "download the index again"
+            )
         path = index.parent / file
         if not path.is_file():
-            raise UserError(f"{index}: names shard {file}, which is missing; download it again")
+            raise UserError(
+                f"{index}: names shard {printable(file)}, which is missing; download it again"
+            )
         for name, tensor in open_file(path).items():
             if name in tensors:
                 raise UserError(
-                    f"{path}: tensor {name} is also in {tensors[name].file.name}; keep one"
+                    f"{path}: tensor {printable(name)} is also in {tensors[name].file.name}; "
+                    "keep one"
                 )
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise UserError(f"{index}: tensor {name} is not in {file}, where the index has it")
+            raise UserError(
+                f"{index}: tensor {printable(name)} is not in {file}, where the index has it; "
+                "download both again"
+            )
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise UserError(f"{tensor.file}: tensor {name} is not in {index.name}")
+            raise UserError(
+                f"{tensor.file}: tensor {printable(name)} is not in {index.name}; "
+                "download both again"
+            )
     return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        handle = safetensors.safe_open(path, framework="numpy")
-        names = handle.keys()
-        slices = {name: handle.get_slice(name) for name in names}
+        # Checks header, offsets and length, so that what follows may trust them.
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: broken or truncated safetensors file ({error}); download it again"
         ) from None
+    content = content[8 + header_size :]
     tensors = {}
-    for name, piece in slices.items():
-        if piece.get_dtype() not in _SAFETENSORS_DTYPES:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{path}: tensor {name} is stored as {piece.get_dtype()}, which is not read; "
-                f"known: {', '.join(_SAFETENSORS_DTYPES)}"
+                f"{path}: tensor {printable(name)} is stored as {entry['dtype']}, which is not "
+                f"read; save it as one of {', '.join(SAFETENSORS_DTYPES)}"
             )
-        tensors[name] = StoredTensor(
-            file=path,
-            shape=tuple(piece.get_shape()),
-            dtype=np.dtype(_SAFETENSORS_DTYPES[piece.get_dtype()]),
-            read=lambda name=name: handle.get_tensor(name),
-        )
-    return tensors
+        tensors[name] = _mapped_tensor(path, content, entry)
+    # The header need not be in the order of the data.
+    return dict(sorted(tensors.items(), key=lambda item: header[item[0]]["data_offsets"]))
+
+
+def _mapped_tensor(path: Path, content: np.ndarray, entry: dict[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    return StoredTensor(path, shape, dtype, lambda: content[begin:end].view(dtype).reshape(shape))
 
 
 def _open_bin(path: Path) -> dict[str, StoredTensor]:
@@ -129,14 +154,17 @@ def _open_bin(path: Path) -> dict[str, StoredTensor]:
             f"{path}: holds more than tensors and is not unpickled, since that runs code; "
             "use a safetensors copy"
         ) from None
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # A broken pickle can raise anything; none of its code has run.
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{path}: broken, truncated or in the format before PyTorch 1.6 ({reason}); "
             "save it again with torch.save"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: should hold a dict of tensors, holds a {type(content).__name__}")
+        raise UserError(
+            f"{path}: should hold a dict of tensors, holds a {type(content).__name__}; "
+            "save the model's state_dict"
+        )
     return {name: _torch_tensor(path, name, value) for name, value in content.items()}
 
 
@@ -150,9 +178,15 @@ def _torch_tensor(path: Path, name: Any, value: Any) -> StoredTensor:
         torch.bfloat16: ml_dtypes.bfloat16,
     }
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-        raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
+        raise UserError(
+            f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; "
+            "save the model's state_dict"
+        )
     if value.dtype not in dtypes:
-        raise UserError(f"{path}: tensor {name} is stored as {value.dtype}, which is not read")
+        raise UserError(
+            f"{path}: tensor {printable(name)} is stored as {value.dtype}, which is not read; "
+            f"save it as one of {', '.join(map(str, dtypes))}"
+        )
 
     def read() -> np.ndarray:
         plain = value.detach().contiguous()

@@ -1,20 +1,23 @@
 """Tensors -> a Hugging Face checkpoint directory that transformers loads as its own."""
 
 import contextlib
+import dataclasses
 import json
-import os
+import math
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tqdm
 
 from qwen_jax.checkpoint import names
-from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import write_hf_config
@@ -23,6 +26,23 @@ from qwen_jax.hf_config import write_hf_config
 MAX_SHARD_SIZE = 5 * 10**9
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+_DTYPE_CODES = {np.dtype(dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def check_vacant(target: Path) -> None:
+    """Refuses a target that exists, but for an empty directory.
+
+    Raises:
+      UserError: it exists, or cannot be looked at.
+    """
+    try:
+        empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+        taken = target.is_symlink() or (target.exists() and not empty)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    if taken:
+        raise UserError(f"{target}: exists already; remove it or give another target")
 
 
 @contextlib.contextmanager
@@ -35,28 +55,50 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises:
       UserError: `target` exists and is not an empty directory, or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists already; remove it or give another target")
-    partial = target.parent / f".{target.name}.incomplete-{os.getpid()}"
+    check_vacant(target)
+    target = target.absolute()
+    partial = target.parent / f".{target.name}.incomplete-{secrets.token_hex(4)}"
+    made: list[Path] = []
     try:
+        made = [folder for folder in target.parents if not folder.exists()]
         partial.mkdir(parents=True)
         yield partial
         partial.replace(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(
+                f"{target}: cannot be written ({reason}); give another target, or make room"
+            ) from error
+        raise
 
 
-def save_pretrained(target: str | Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
+def save_pretrained(
+    target: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
     """Writes `params` and the config.json of `config` as a new Hugging Face directory.
 
+    The dtype in config.json is that of `params`, the wider one where they have several.
+
     Raises:
-      UserError: `target` exists, or cannot be written.
+      UserError: `target` exists, or cannot be written; `params` are not those of `config`.
     """
-    with new_directory(Path(target)) as directory:
-        write_json(directory / "config.json", write_hf_config(config))
-        write_tensors(directory, tensors_of(config, params))
+    target = Path(target)
+    check_vacant(target)
+    check_tree(config, params, "params")
+    dtype = jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(params)})
+    config = dataclasses.replace(config, dtype=dtype.name)
+    content = write_hf_config(config)
+    with new_directory(target) as directory:
+        write_json(directory / "config.json", content)
+        write_tensors(directory, tensors_of(config, params), max_shard_size)
 
 
 def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -76,31 +118,58 @@ def write_tensors(
 ) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with their index.
 
-    A shard is in memory while it is written.
+    One tensor is in memory at a time.
     """
-    shards: list[list[str]] = [[]]
-    sizes = {name: _size(tensor) for name, tensor in tensors.items()}
+    shards: list[dict[str, StoredTensor]] = [{}]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_size:
-            shards.append([])
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + num_bytes(tensor) > max_shard_size:
+            shards.append({})
             filled = 0
-        shards[-1].append(name)
-        filled += size
+        shards[-1][name] = tensor
+        filled += num_bytes(tensor)
     weight_map = {}
     with tqdm.tqdm(desc="writing", total=len(tensors), unit="tensor", disable=None) as bar:
         for i, shard in enumerate(shards, start=1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            content = {name: np.ascontiguousarray(tensors[name].read()) for name in shard}
-            # transformers refuses a file without this note of its layout.
-            safetensors.numpy.save_file(content, directory / file, metadata={"format": "pt"})
+            _write_safetensors(directory / file, shard, bar)
             weight_map.update(dict.fromkeys(shard, file))
-            bar.update(len(shard))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        total = sum(map(num_bytes, tensors.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqdm.tqdm) -> None:
+    """The file format of safetensors, a tensor at a time; its library wants all of them at once."""
+    # Wider values first, so that each tensor starts at a multiple of its item size.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    # transformers refuses a file without this note of its layout.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + num_bytes(tensors[name])
+        header[name] = {
+            "dtype": _DTYPE_CODES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in order:
+            values = np.ascontiguousarray(tensors[name].read())
+            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            bar.update()
+
+
+def num_bytes(tensor: StoredTensor) -> int:
+    """What the values of `tensor` take, on disk and in memory."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -111,19 +180,15 @@ def write_json(path: Path, content: Any) -> None:
 def copy_companions(source: Path, target: Path) -> None:
     """Copies what a checkpoint directory holds besides weights, config.json and code.
 
-    That is its tokenizer, chat template, generation defaults, licence and card.
+    That is its tokenizer, chat templates, generation defaults, licence and card.
     """
     for path in sorted(source.iterdir()):
         if path.is_dir():
             if path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name)
-        elif not (
+                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("*.py"))
+        elif path.is_file() and not (
             path.name == "config.json"
             or path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json", ".py"))
             or path.name.startswith(".")
         ):
             shutil.copyfile(path, target / path.name)
-
-
-def _size(tensor: StoredTensor) -> int:
-    return int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import ModelConfig, RopeKind
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.inference.sampling import SamplingOptions, Seen, choose, count, init_seen
 from qwen_jax.models.decoder import Decoder
@@ -129,6 +129,10 @@ class TokenStream:
         """Ends a row: later steps give None for it."""
         self._active[row] = False
 
+    def active(self, row: int) -> bool:
+        """Whether a row has met neither a stop id nor `stop`."""
+        return self._active[row]
+
     @property
     def cache(self) -> Cache | None:
         """The cache so far; None before the first step of a stream that was given none."""
@@ -236,13 +240,8 @@ def _chosen(state: DecodeState, logits: jax.Array, options: SamplingOptions) -> 
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
 
 
-def exceeds_positions(config: ModelConfig, length: int) -> bool:
-    """Whether a text of `length` tokens is longer than the model's positions, unscaled."""
-    return config.rope.kind is RopeKind.DEFAULT and length > config.max_position_embeddings
-
-
 def _warn_if_longer(config: ModelConfig, length: int) -> None:
-    if exceeds_positions(config, length):
+    if config.exceeds_positions(length):
         _warn_once(config.max_position_embeddings)
 
 

@@ -72,8 +72,9 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
 
 def rewind_cache(cache: Cache, length: int) -> Cache:
     """The cache with only the first `length` tokens of each row, at positions 0 to length - 1."""
-    full = jnp.full_like(cache.lengths, length)
-    return cache.replace(lengths=full, next_positions=full)
+    # Two arrays, since the cache is donated and a buffer can be given away once only.
+    lengths, next_positions = (jnp.full_like(cache.lengths, length) for _ in range(2))
+    return cache.replace(lengths=lengths, next_positions=next_positions)
 
 
 def write_slots(buffer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:

@@ -1,0 +1,124 @@
+"""A checkpoint directory in one format -> one in another, with everything that lies beside it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from qwen_jax.checkpoint import names, orbax_format
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.checkpoint.loading import match_tensors
+from qwen_jax.checkpoint.nonfinite import all_finite
+from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
+from qwen_jax.checkpoint.writer import (
+    MAX_SHARD_SIZE,
+    check_vacant,
+    copy_companions,
+    new_directory,
+    num_bytes,
+    tensors_of,
+    write_json,
+    write_tensors,
+)
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import DTYPES, load_config
+from qwen_jax.json_fields import read_json
+
+Format = Literal["hf", "orbax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote.
+
+    Attributes:
+      num_tensors: how many.
+      num_bytes: that they take.
+    """
+
+    num_tensors: int
+    num_bytes: int
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    target_format: Format,
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Converted:
+    """Writes the checkpoint `source` as the new directory `target`.
+
+    Tensors keep their bits, config.json and the files beside it are copied. The target appears
+    when it is complete, and not before.
+
+    Args:
+      source: a directory in Hugging Face or Orbax format, or a hub id.
+      target: a directory that does not exist yet.
+      target_format: "hf" for safetensors as transformers writes them, "orbax".
+      dtype: that tensors are cast to and config.json then declares; None keeps each as it is.
+      max_shard_size: of a safetensors file, in bytes.
+
+    Raises:
+      UserError: whatever is wrong with the source or the target.
+    """
+    target = Path(target).expanduser()
+    check_vacant(target)
+    directory = resolve_source(source)
+    config = load_config(directory)
+    tensors = _stored_tensors(config, directory)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype = {dtype} is not supported; known: {', '.join(DTYPES)}")
+        tensors = {
+            name: _cast(f"{directory}: tensor {name}", tensor, dtype)
+            for name, tensor in tensors.items()
+        }
+    with new_directory(target) as partial:
+        _write_config(directory, partial, dtype)
+        copy_companions(directory, partial)
+        if target_format == "orbax":
+            table = names.tensor_names(config)
+            leaves = {table[name]: tensor.read() for name, tensor in tensors.items()}
+            orbax_format.save_orbax(partial, names.unflatten(leaves))
+        else:
+            write_tensors(partial, tensors, max_shard_size)
+    return Converted(len(tensors), sum(map(num_bytes, tensors.values())))
+
+
+def _stored_tensors(config: ModelConfig, directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of the model, no more and no less, under the names that transformers gives."""
+    if orbax_format.is_orbax(directory):
+        return tensors_of(config, orbax_format.read_orbax(config, directory))
+    stored = open_checkpoint(directory)
+    # A tied table may be stored under the name of the head alone.
+    found = {path: stored[name] for name, path in match_tensors(config, directory, stored).items()}
+    return {name: found[path] for name, path in names.tensor_names(config).items()}
+
+
+def _cast(title: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """`tensor`, which errors call `title`, cast as it is read."""
+    to = np.dtype(dtype)
+
+    def read() -> np.ndarray:
+        values = tensor.read()
+        with np.errstate(all="ignore"):
+            cast = values.astype(to, copy=False)
+        if not all_finite(cast) and all_finite(values):
+            raise UserError(f"{title} overflows as {dtype}; give a wider dtype")
+        return cast
+
+    return dataclasses.replace(tensor, dtype=to, read=read)
+
+
+def _write_config(source: Path, target: Path, dtype: str | None) -> None:
+    """config.json as it is, apart from the dtype that it declares."""
+    if dtype is None:
+        shutil.copyfile(source / "config.json", target / "config.json")
+        return
+    raw = read_json(source / "config.json")
+    spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
+    write_json(target / "config.json", {**raw, **dict.fromkeys(spellings, dtype)})

@@ -1,0 +1,112 @@
+"""A chat that keeps its cache between turns."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qwen_jax.inference.completion import Completion, Timing, complete
+from qwen_jax.inference.decoding import TokenStream
+from qwen_jax.inference.sampling import SamplingOptions
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.nn.cache import Cache, rewind_cache
+from qwen_jax.text import Tokenizer
+
+
+class Conversation:
+    """A growing list of messages and the cache of the tokens that they became.
+
+    Each turn renders the whole conversation, since templates rewrite the past (Qwen3 drops old
+    reasoning), and runs only the tokens after what the cache already holds.
+
+    Attributes:
+      messages: system, user and assistant messages so far.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        tokenizer: Tokenizer,
+        system: str | None = None,
+        allow_special: bool = False,
+        **template_variables: Any,
+    ):
+        """Starts an empty conversation.
+
+        Args:
+          model, params, tokenizer: of one checkpoint.
+          system: the system message; None leaves it to the template.
+          allow_special: whether control tokens that a user types become control ids.
+          **template_variables: for the chat template, such as `enable_thinking`.
+        """
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._allow_special = allow_special
+        self._template_variables = template_variables
+        self._cache: Cache | None = None
+        self._cached_ids: list[int] = []
+        self.messages: list[dict[str, str]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+
+    def prompt_ids(self, user: str) -> list[int]:
+        """Ids of the conversation with one more user message and the assistant's turn open."""
+        return self._tokenizer.apply_chat_template(
+            [*self.messages, {"role": "user", "content": user}],
+            add_generation_prompt=True,
+            allow_special=self._allow_special,
+            **self._template_variables,
+        )
+
+    def reply(
+        self,
+        user: str,
+        max_new_tokens: int,
+        options: SamplingOptions | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        seed: int = 0,
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> tuple[Completion, Timing]:
+        """The assistant's answer to `user`; both are added to `messages` when it is complete.
+
+        An interrupt leaves the conversation as it was before the turn.
+
+        Args:
+          user: what the user says.
+          max_new_tokens, options, stop_ids, seed: as for `TokenStream`.
+          stop_strings: text that ends the answer.
+          on_text: gets new text as soon as it is final.
+        """
+        ids = self.prompt_ids(user)
+        # The last token always runs: its logits choose the first new one.
+        kept = min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
+        cache = None if self._cache is None or kept == 0 else rewind_cache(self._cache, kept)
+        # Until the answer is complete there is no cache to go back to: this one is donated.
+        self._cache, self._cached_ids = None, []
+        stream = TokenStream(
+            self._model,
+            self._params,
+            [ids[kept:] if cache is not None else ids],
+            max_new_tokens,
+            options,
+            stop_ids,
+            seed,
+            cache,
+        )
+        (answer,), timing = complete(
+            stream, 1, self._tokenizer, stop_strings, lambda _, text: on_text(text)
+        )
+        self._cache = stream.cache
+        # The last token was chosen but never run.
+        self._cached_ids = (ids + answer.ids)[:-1]
+        self.messages += [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": answer.text},
+        ]
+        return answer, timing
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    for i, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,83 @@
+"""What a checkpoint's generation_config.json says about sampling and stopping."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+from qwen_jax.inference.sampling import SamplingOptions
+from qwen_jax.json_fields import Fields, read_json
+
+# Identity, and settings of other decoders' caches and batches; none changes the text.
+_INERT = frozenset(
+    """
+    _from_model_config bos_token_id cache_implementation chat_format max_length max_window_size
+    pad_token_id return_dict_in_generate transformers_version use_cache
+    """.split()
+)
+
+# Values that change nothing, as transformers spells them; any other is not honoured.
+_OFF = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "typical_p": 1.0,
+    "length_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "num_beam_groups": 1,
+    "guidance_scale": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """Attributes:
+    options: how tokens are chosen.
+    stop_ids: ids that end a text; None where the file names none.
+    max_new_tokens: None where the file has none.
+    """
+
+    options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    stop_ids: tuple[int, ...] | None = None
+    max_new_tokens: int | None = None
+
+
+def load_generation_defaults(directory: Path) -> GenerationDefaults:
+    """Reads `directory/generation_config.json`; greedy where it is absent.
+
+    Raises:
+      UserError: a broken file, or a setting that is not honoured.
+    """
+    path = Path(directory) / "generation_config.json"
+    if not path.is_file():
+        return GenerationDefaults()
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds a {type(raw).__name__}")
+    fields = Fields(raw, str(path))
+    eos = fields.take("eos_token_id", "integer or list of integers")
+    defaults = GenerationDefaults(
+        options=_read_options(fields),
+        stop_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        max_new_tokens=fields.take("max_new_tokens", "integer"),
+    )
+    for name, value in fields.values.items():
+        if not (name in _INERT or value in (None, False, [], {}, 0) or value == _OFF.get(name)):
+            raise fields.refuse(name, value, "remove it, or give the sampling flags you want")
+    return defaults
+
+
+def _read_options(fields: Fields) -> SamplingOptions:
+    sampled: dict[str, Any] = {
+        "temperature": fields.take("temperature", "number", 1.0),
+        # transformers samples from 50 tokens unless the file says otherwise.
+        "top_k": fields.take("top_k", "integer", 50),
+        "top_p": fields.take("top_p", "number", 1.0),
+        "min_p": fields.take("min_p", "number", 0.0),
+    }
+    penalties = {"repetition_penalty": fields.take("repetition_penalty", "number", 1.0)}
+    if not fields.take("do_sample", "boolean", False):
+        sampled = {}
+    try:
+        return SamplingOptions(**sampled, **penalties)
+    except UserError as error:
+        raise UserError(f"{fields.source}: {error}") from None

@@ -1,0 +1,88 @@
+"""Talks with a checkpoint in the terminal.
+
+    python -m tools.chat --model=DIR
+
+Answers stream. The cache is kept between turns. An interrupt (Ctrl-C) cuts an answer short; an
+empty line is ignored; /reset starts anew; /exit or the end of the input leaves.
+"""
+
+import sys
+
+from absl import flags
+
+from qwen_jax.errors import UserError
+from qwen_jax.inference.conversation import Conversation
+from tools import command_line, text_flags
+
+_SYSTEM = flags.DEFINE_string("system", None, "The system message.")
+_STATS = flags.DEFINE_bool("stats", False, "Prints times after each answer, on stderr.")
+
+
+def main() -> None:
+    """Reads lines, answers each."""
+    session = text_flags.open_session()
+    conversation = _new_conversation(session)
+    while (line := _read_line()) is not None:
+        match line.strip():
+            case "":
+                continue
+            case "/exit":
+                return
+            case "/reset":
+                conversation = _new_conversation(session)
+                continue
+        try:
+            _answer(session, conversation, line)
+        except KeyboardInterrupt:
+            print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+        except UserError as error:
+            # The conversation stands as it was: the next line may be better.
+            print(error, file=sys.stderr)
+
+
+def _new_conversation(session: text_flags.Session) -> Conversation:
+    return Conversation(
+        session.model,
+        session.params,
+        session.tokenizer,
+        _SYSTEM.value,
+        text_flags.ALLOW_SPECIAL.value,
+        **text_flags.template_variables(),
+    )
+
+
+def _answer(session: text_flags.Session, conversation: Conversation, line: str) -> None:
+    session.check_length(conversation.prompt_ids(line), "the conversation")
+    _, timing = conversation.reply(
+        line,
+        session.max_new_tokens,
+        session.options,
+        session.stop_ids,
+        text_flags.STOP.value,
+        text_flags.SEED.value + len(conversation.messages),
+        on_text=_write,
+    )
+    print(flush=True)
+    if _STATS.value:
+        print(
+            f"first token after {timing.first_token_s:.2f} s, then "
+            f"{timing.tokens_per_s:.1f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read_line() -> str | None:
+    """The next line, None at the end of the input; prompts on a terminal only."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+if __name__ == "__main__":
+    command_line.run(main)

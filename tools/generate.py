@@ -1,0 +1,145 @@
+"""Writes text with a checkpoint.
+
+    python -m tools.generate --model=DIR --prompt="Once upon a time"
+    python -m tools.generate --model=Qwen/Qwen3-0.6B --chat --prompt="What is a mesh?"
+    python -m tools.generate --model=DIR --input=prompts.jsonl --output=json
+
+One prompt streams; several run as a batch. A line of --input holds {"prompt": "..."} or, with
+--chat, {"messages": [...], "tools": [...]} where tools may be left out.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from qwen_jax.errors import UserError
+from qwen_jax.inference.completion import Completion, complete
+from qwen_jax.inference.decoding import TokenStream
+from tools import command_line, text_flags
+
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeatable.")
+_INPUT = flags.DEFINE_string("input", None, "A JSONL file of prompts or of chat messages.")
+_CHAT = flags.DEFINE_bool("chat", False, "Prompts are what a user says to the assistant.")
+_SYSTEM = flags.DEFINE_string("system", None, "With --chat: the system message of --prompt.")
+_OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "json: one object a line.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that run together.", lower_bound=1)
+
+
+def main() -> None:
+    """Reads the prompts, loads the model, writes the completions in order."""
+    requests = _read_requests()
+    session = text_flags.open_session()
+    prompts = [_prompt_ids(session, name, request) for name, request in requests]
+    streaming = len(prompts) == 1 and _OUTPUT.value == "text"
+    for start in range(0, len(prompts), _BATCH_SIZE.value):
+        batch = prompts[start : start + _BATCH_SIZE.value]
+        stream = TokenStream(
+            session.model,
+            session.params,
+            batch,
+            session.max_new_tokens,
+            session.options,
+            session.stop_ids,
+            text_flags.SEED.value + start,
+        )
+        on_text = _write if streaming else lambda row, text: None
+        completions, _ = complete(
+            stream, len(batch), session.tokenizer, text_flags.STOP.value, on_text
+        )
+        for i, completion in enumerate(completions, start):
+            if streaming:
+                print()
+            else:
+                _print_completion(i, len(prompts), requests[i][1], batch[i - start], completion)
+
+
+def _write(row: int, text: str) -> None:
+    del row
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_completion(
+    i: int, total: int, request: dict[str, Any], prompt: list[int], completion: Completion
+) -> None:
+    if _OUTPUT.value == "json":
+        record = {
+            **request,
+            "text": completion.text,
+            "token_ids": completion.ids,
+            "prompt_tokens": len(prompt),
+            "finish_reason": completion.finish_reason,
+        }
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        print(f"--- {i + 1} of {total}\n{completion.text}", flush=True)
+
+
+def _read_requests() -> list[tuple[str, dict[str, Any]]]:
+    """Each prompt with the name that errors call it by."""
+    if bool(_PROMPT.value) == bool(_INPUT.value):
+        raise UserError("give --prompt (repeatable) or --input=FILE.jsonl, and not both")
+    if _SYSTEM.value is not None and not (_CHAT.value and _PROMPT.value):
+        raise UserError("--system needs --chat and --prompt")
+    if _PROMPT.value:
+        return [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(_PROMPT.value, 1)]
+    path = Path(_INPUT.value)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    requests = [
+        (f"{path}:{number}", _parse_line(f"{path}:{number}", line))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not requests:
+        raise UserError(f"{path}: holds no prompts")
+    return requests
+
+
+def _parse_line(name: str, line: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(request, dict):
+        raise UserError(f"{name}: should hold an object, holds a {type(request).__name__}")
+    wanted = {"prompt", "messages", "tools"} if _CHAT.value else {"prompt"}
+    main = {"prompt", "messages"} & wanted & request.keys()
+    if len(main) != 1:
+        choices = " or ".join(sorted(wanted - {"tools"}))
+        raise UserError(f"{name}: needs {choices}; has {', '.join(request) or 'nothing'}")
+    if "prompt" in main and not isinstance(request["prompt"], str):
+        raise UserError(f"{name}: prompt should be a string")
+    return request
+
+
+def _prompt_ids(session: text_flags.Session, name: str, request: dict[str, Any]) -> list[int]:
+    allow_special = text_flags.ALLOW_SPECIAL.value
+    if _CHAT.value:
+        messages = request.get("messages")
+        if messages is None:
+            messages = [{"role": "user", "content": request["prompt"]}]
+            if _SYSTEM.value is not None:
+                messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
+        ids = session.tokenizer.apply_chat_template(
+            messages,
+            tools=request.get("tools"),
+            add_generation_prompt=True,
+            allow_special=allow_special,
+            **text_flags.template_variables(),
+        )
+    else:
+        ids = session.tokenizer.encode(request["prompt"], allow_special=allow_special)
+    if not ids:
+        raise UserError(f"{name}: is empty; give some text to continue")
+    session.check_length(ids, name)
+    return ids
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,124 @@
+"""Flags and loading that the command lines which write text share."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+import qwen_jax
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.errors import UserError
+from qwen_jax.hf_rope import parse_rope_flag
+from qwen_jax.inference.defaults import load_generation_defaults
+from qwen_jax.inference.sampling import SamplingOptions
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.text import Tokenizer
+
+MODEL = flags.DEFINE_string(
+    "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
+)
+DTYPE = flags.DEFINE_string(
+    "dtype", None, "float32, bfloat16 or float16; float32 on CPU, else the checkpoint's."
+)
+ROPE = flags.DEFINE_string(
+    "rope", "", "none, or KIND[:FACTOR][,option=value...], e.g. yarn:4,original=32768."
+)
+REFUSE_NONFINITE = flags.DEFINE_bool(
+    "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Tokens to generate at most; the checkpoint's default, else 512."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws; the same seed gives the same text.")
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the output; repeatable.")
+THINKING = flags.DEFINE_bool(
+    "thinking",
+    None,
+    "The chat template's enable_thinking; its own default if not given.",
+)
+ALLOW_SPECIAL = flags.DEFINE_bool(
+    "allow_special", False, "Control tokens in the given text count; otherwise they are plain text."
+)
+ALLOW_LONGER = flags.DEFINE_bool(
+    "allow_longer", False, "Accept a prompt longer than the model's positions."
+)
+_OPTIONS = {
+    "temperature": flags.DEFINE_float("temperature", None, "0 takes the most likely token."),
+    "top_k": flags.DEFINE_integer("top_k", None, "Keep the k most likely tokens; 0 for all."),
+    "top_p": flags.DEFINE_float("top_p", None, "Keep the likeliest tokens of this probability."),
+    "min_p": flags.DEFINE_float("min_p", None, "Keep tokens this likely, relative to the best."),
+    "repetition_penalty": flags.DEFINE_float(
+        "repetition_penalty", None, "Divides the logits of tokens seen; 1 for none."
+    ),
+    "presence_penalty": flags.DEFINE_float(
+        "presence_penalty", None, "Subtracted from the logits of tokens generated."
+    ),
+    "frequency_penalty": flags.DEFINE_float(
+        "frequency_penalty", None, "Subtracted for each time that a token was generated."
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What a command line that writes text runs on.
+
+    Sampling flags that are not given come from the checkpoint's generation_config.json.
+    """
+
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    options: SamplingOptions
+    stop_ids: tuple[int, ...] | None
+    max_new_tokens: int
+
+    def check_length(self, ids: list[int], name: str) -> None:
+        """Refuses a prompt that the model has no positions for, unless --allow_longer."""
+        config = self.model.config
+        if not ALLOW_LONGER.value and config.exceeds_positions(len(ids)):
+            raise UserError(
+                f"{name}: {len(ids)} tokens are longer than max_position_embeddings = "
+                f"{config.max_position_embeddings}; scale with --rope, or give --allow_longer"
+            )
+
+
+def template_variables() -> dict[str, Any]:
+    """What the flags pass to the chat template."""
+    return {} if THINKING.value is None else {"enable_thinking": THINKING.value}
+
+
+def open_session() -> Session:
+    """Loads what --model names, the cheap things first, so that bad input fails early.
+
+    Raises:
+      UserError: bad flags, or whatever is wrong with the checkpoint.
+    """
+    given = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
+    SamplingOptions(**given)
+    rope_scaling = parse_rope_flag(ROPE.value)
+    directory = resolve_source(MODEL.value)
+    defaults = load_generation_defaults(directory)
+    tokenizer = qwen_jax.load_tokenizer(directory)
+    max_new_tokens = MAX_NEW_TOKENS.value or defaults.max_new_tokens or 512
+    model, params = qwen_jax.load_pretrained(
+        directory, DTYPE.value, rope_scaling, allow_nonfinite=not REFUSE_NONFINITE.value
+    )
+    return Session(
+        model=model,
+        params=params,
+        tokenizer=tokenizer,
+        options=dataclasses.replace(defaults.options, **given),
+        stop_ids=_stop_ids(defaults.stop_ids, tokenizer, model),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _stop_ids(
+    from_file: tuple[int, ...] | None, tokenizer: Tokenizer, model: Decoder
+) -> tuple[int, ...]:
+    """The file's; else config.json's and the tokenizer's own."""
+    if from_file is not None:
+        return from_file
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
