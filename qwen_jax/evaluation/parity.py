@@ -1,0 +1,103 @@
+"""The same directory through transformers and through this package, compared layer by layer."""
+
+import dataclasses
+import gc
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qwen_jax.errors import UserError
+from qwen_jax.pretrained import load_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One row of the comparison.
+
+    Attributes:
+      name: of the tensor.
+      max_abs: largest absolute difference.
+      scale: root mean square of the reference, at least 1: what `max_abs` is judged against.
+    """
+
+    name: str
+    max_abs: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """`max_abs` as a fraction of `scale`; NaN on either side counts as infinite."""
+        return self.max_abs / self.scale if np.isfinite(self.max_abs) else float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Attributes:
+    differences: embeddings, each layer's output, the final norm, the logits.
+    top1_agreement: fraction of positions whose most likely token is the same.
+    """
+
+    differences: tuple[Difference, ...]
+    top1_agreement: float
+
+    @property
+    def worst(self) -> Difference:
+        """The row with the largest relative difference."""
+        return max(self.differences, key=lambda row: row.relative)
+
+
+def compare_with_reference(directory: Path, input_ids: np.ndarray) -> Parity:
+    """Runs `input_ids` [B, T] through both in float32, one after the other.
+
+    Raises:
+      UserError: torch and transformers are not installed, or the directory cannot be loaded.
+    """
+    # Ours first: it says in one line what is wrong with a directory.
+    states, logits = _run_ours(directory, input_ids)
+    expected_states, expected_logits = _run_transformers(directory, input_ids)
+    names = ["embeddings", *(f"layer {i}" for i in range(len(states) - 2)), "final norm"]
+    rows = [
+        _difference(name, ours, theirs)
+        for name, ours, theirs in zip(names, states, expected_states, strict=True)
+    ]
+    agreement = np.mean(logits.argmax(-1) == expected_logits.argmax(-1))
+    return Parity((*rows, _difference("logits", logits, expected_logits)), float(agreement))
+
+
+def _difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    gap = np.abs(ours - theirs).max()
+    scale = max(1.0, float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64)))))
+    return Difference(name, float(gap), scale)
+
+
+def _run_ours(directory: Path, input_ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    model, params = load_pretrained(directory, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        out = model.apply({"params": params}, input_ids)
+    return [np.asarray(state) for state in out.hidden_states], np.asarray(out.logits)
+
+
+def _run_transformers(
+    directory: Path, input_ids: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Hidden states as transformers counts them, and logits."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError(
+            "the reference is not installed; pip install -r requirements-dev.txt"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
+    with torch.no_grad():
+        out = model.eval()(torch.as_tensor(input_ids), use_cache=False, output_hidden_states=True)
+    states = [state.numpy() for state in out.hidden_states]
+    logits = out.logits.numpy()
+    del model, out
+    gc.collect()
+    return states, logits

@@ -1,0 +1,56 @@
+"""Proves a checkpoint: the same directory through transformers and through this package.
+
+    python -m tools.verify --model=DIR
+
+Prints the largest differences by layer in float32 and exits with 1 when one is beyond
+--tolerance times the scale of what is compared. Needs requirements-dev.txt.
+"""
+
+import numpy as np
+from absl import flags
+
+import qwen_jax
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.errors import UserError
+from qwen_jax.evaluation.parity import Parity, compare_with_reference
+from qwen_jax.hf_config import load_config
+from tools import command_line
+
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory or hub id.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to run; random tokens if not given.")
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Number of random tokens.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens.")
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance", 1e-4, "Accepted difference, as a fraction of the root mean square, at least 1."
+)
+
+
+def main() -> None:
+    """Compares and prints the table."""
+    directory = resolve_source(_MODEL.value)
+    config = load_config(directory)
+    if _PROMPT.value is not None:
+        ids = np.array([qwen_jax.load_tokenizer(directory).encode(_PROMPT.value)])
+        if not ids.size:
+            raise UserError("--prompt is empty; give some text")
+    else:
+        rng = np.random.default_rng(_SEED.value)
+        ids = rng.integers(0, config.vocab_size, (1, _TOKENS.value))
+    parity = compare_with_reference(directory, ids)
+    _print_table(parity)
+    if not parity.worst.relative <= _TOLERANCE.value:
+        raise UserError(
+            f"{directory}: {parity.worst.name} differs by {parity.worst.relative:.2e} of its "
+            f"scale, beyond --tolerance={_TOLERANCE.value:g}"
+        )
+
+
+def _print_table(parity: Parity) -> None:
+    print(f"{'':<12} {'max |diff|':>11} {'scale':>9} {'relative':>9}")
+    for row in parity.differences:
+        print(f"{row.name:<12} {row.max_abs:>11.2e} {row.scale:>9.3g} {row.relative:>9.1e}")
+    print(f"top-1 agreement {parity.top1_agreement:.2%}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
