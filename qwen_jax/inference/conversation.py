@@ -72,7 +72,8 @@ class Conversation:
 
         Args:
           user: what the user says.
-          max_new_tokens, options, stop_ids, seed: as for `TokenStream`.
+          max_new_tokens, options, stop_ids: as for `TokenStream`.
+          seed: of the draws; each turn draws anew from the same seed.
           stop_strings: text that ends the answer.
           on_text: gets new text as soon as it is final.
         """
@@ -91,6 +92,7 @@ class Conversation:
             stop_ids,
             seed,
             cache,
+            first_row=len(self.messages),
         )
         (answer,), timing = complete(
             stream, 1, self._tokenizer, stop_strings, lambda _, text: on_text(text)

@@ -5,6 +5,7 @@ number of compiled programs stays small whatever the texts.
 """
 
 import functools
+import numbers
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,7 +33,8 @@ class DecodeState:
     Attributes:
       cache: of all tokens before `tokens`.
       tokens: int32 [B], chosen and not yet in the cache.
-      keys: [B] random keys, one a row, so that a row's draws do not depend on its neighbours.
+      keys: [B] random keys, made of the seed and the row's number alone, so that a row's draws do
+        not depend on its neighbours.
       step: int32 [], tokens chosen so far.
       seen: for penalties; None when there are none.
     """
@@ -73,6 +75,7 @@ class TokenStream:
         stop_ids: Iterable[int] | None = None,
         seed: int = 0,
         cache: Cache | None = None,
+        first_row: int = 0,
     ):
         """Checks the prompts; nothing runs until the first step.
 
@@ -82,8 +85,10 @@ class TokenStream:
           max_new_tokens: of each row.
           options: greedy when None.
           stop_ids: ids that end a row; None takes the model's `eos_token_ids`.
-          seed: of the draws; the same seed gives the same tokens.
+          seed: of the draws, below 2**32; the same seed gives the same tokens.
           cache: of the tokens before the prompts; it is donated, so use `self.cache` afterwards.
+          first_row: number of the first prompt among those that share the seed, where a caller
+            cuts them into batches: each then draws as it would in one large batch.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, no tokens to generate.
@@ -91,15 +96,18 @@ class TokenStream:
         self._model, self._params = model, params
         self._options = options or SamplingOptions()
         config = model.config
-        self._prompts = [np.asarray(prompt, np.int64) for prompt in prompts]
-        _check_prompts(config, self._prompts, max_new_tokens)
+        _check_integer("max_new_tokens", max_new_tokens, 1, None)
+        _check_integer("seed", seed, 0, 2**32 - 1)
+        self._prompts = [_read_prompt(config, row, prompt) for row, prompt in enumerate(prompts)]
         self._stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         self._max_new_tokens = max_new_tokens
-        self._seed = seed
+        self._seed, self._first_row = seed, first_row
         self._active = [True] * len(self._prompts)
         self._given = 0
         self._start_cache = cache
         self._state: DecodeState | None = None
+        # A prompt runs in a cache of its own length, which grows before the second token.
+        self._is_tight = cache is None
         # Slots in use, as far as the host needs to know: of the longest row.
         self._used = 0 if cache is None else int(np.max(cache.lengths))
 
@@ -107,6 +115,7 @@ class TokenStream:
         return self
 
     def __next__(self) -> list[int | None]:
+        """Raises `UserError` when an active row's logits are not numbers."""
         if not any(self._active) or self._given == self._max_new_tokens:
             raise StopIteration
         if self._state is None:
@@ -121,6 +130,8 @@ class TokenStream:
             token if active else None for token, active in zip(tokens, self._active, strict=True)
         ]
         for row, token in enumerate(step):
+            if token == -1:
+                raise UserError(_not_numbers(row, self._given, self._dtype))
             if token in self._stop_ids:
                 self.stop(row)
         return step
@@ -138,6 +149,10 @@ class TokenStream:
         """The cache so far; None before the first step of a stream that was given none."""
         return self._start_cache if self._state is None else self._state.cache
 
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return self._params["embed_tokens"]["weight"].dtype
+
     def _prefill(self) -> DecodeState:
         B = len(self._prompts)
         lengths = np.array([len(prompt) for prompt in self._prompts])
@@ -148,33 +163,46 @@ class TokenStream:
             ids[row, : len(prompt)] = prompt
         columns = np.arange(T)
         mask = columns < lengths[:, None]
-        dtype = self._params["embed_tokens"]["weight"].dtype
         config = self._model.config
+        self._used += longest
         if self._start_cache is None:
-            cache = init_cache(config, B, T, dtype)
+            cache = init_cache(config, B, T, self._dtype)
             past = np.zeros(B, np.int32)
         else:
-            past = np.asarray(self._start_cache.next_positions)
-            cache = grow_cache(self._start_cache, bucket(self._used + longest))
+            cache = self._start_cache
+            past = np.asarray(cache.next_positions)
+            if self._used > cache.capacity:
+                cache = grow_cache(cache, self._roomy_capacity())
         self._start_cache = None
         positions = np.where(mask, past[:, None] + columns, 0)
-        keys = jax.random.split(jax.random.key(self._seed), B)
+        rows = self._first_row + np.arange(B)
         _warn_if_longer(config, int((past + lengths).max()))
-        state = _prefill(
-            self._model, self._params, cache, ids, mask, positions, keys, self._options
+        return _prefill(
+            self._model,
+            self._params,
+            cache,
+            ids,
+            mask,
+            positions,
+            np.uint32(self._seed),
+            rows,
+            self._options,
         )
-        self._used += longest
-        return state
 
     def _make_room(self) -> None:
         """A slot for the token about to enter the cache."""
         _warn_if_longer(self._model.config, self._used + 1)
-        capacity = self._state.cache.capacity
-        if self._used < capacity:
+        if self._used < self._state.cache.capacity and not self._is_tight:
             return
+        self._is_tight = False
+        self._state = self._state.replace(
+            cache=grow_cache(self._state.cache, self._roomy_capacity())
+        )
+
+    def _roomy_capacity(self) -> int:
+        """Slots for what is used and for tokens to come: each capacity compiles a decode step."""
         left = self._max_new_tokens - self._given
-        room = bucket(self._used + min(left, max(_FIRST_ROOM, self._used)))
-        self._state = self._state.replace(cache=grow_cache(self._state.cache, room))
+        return bucket(self._used + min(left, max(_FIRST_ROOM, self._used)))
 
 
 def generate(
@@ -220,9 +248,14 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="cache")
-def _prefill(model, params, cache, ids, mask, positions, keys, options) -> DecodeState:
+def _prefill(model, params, cache, ids, mask, positions, seed, rows, options) -> DecodeState:
     out = model.apply({"params": params}, ids, mask, positions, cache, "last")
-    seen = init_seen(ids, mask, model.config.vocab_size) if options.penalises else None
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    seen = None
+    if options.penalises:
+        # The cache's tokens, not this call's alone: a chat's earlier turns are in its prompt too.
+        filled = jnp.arange(out.cache.capacity) < out.cache.lengths[:, None]
+        seen = init_seen(out.cache.ids, filled, model.config.vocab_size)
     state = DecodeState(out.cache, ids[:, 0], keys, jnp.zeros((), jnp.int32), seen)
     return _chosen(state, out.logits[:, 0], options)
 
@@ -254,15 +287,33 @@ def _warn_once(limit: int) -> None:
     )
 
 
-def _check_prompts(config: ModelConfig, prompts: list[np.ndarray], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens} should be at least 1")
-    for row, prompt in enumerate(prompts):
-        if prompt.size == 0:
-            raise UserError(f"prompt {row} is empty; give at least one token")
-        if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-            worst = prompt.min() if prompt.min() < 0 else prompt.max()
-            raise UserError(
-                f"prompt {row}: token id {worst} is outside the model's vocabulary of "
-                f"{config.vocab_size}"
-            )
+def _check_integer(name: str, value: int, least: int, most: int | None) -> None:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        range_ = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} = {value!r} should be an integer, {range_}")
+
+
+def _read_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> np.ndarray:
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # Lists of different lengths inside.
+        ids = np.zeros((1, 1))
+    if ids.size == 0:
+        raise UserError(f"prompt {row} is empty; give at least one token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"prompt {row} should be a list of token ids; it is {str(prompt)[:60]!r}")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(
+            f"prompt {row}: token id {worst} is outside the model's vocabulary of "
+            f"{config.vocab_size}"
+        )
+    return ids
+
+
+def _not_numbers(row: int, given: int, dtype: jnp.dtype) -> str:
+    return (
+        f"prompt {row}: the logits of new token {given} are NaN or infinite in {dtype}; check the "
+        "weights for NaN, and try float32"
+    )

@@ -2,19 +2,37 @@
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax.errors import UserError
+
+_FLOAT32 = np.finfo(np.float32)
+
+# What each option may be, for the check and for its message.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x >= 0, "a number of at least 0"),
+    "top_k": (lambda x: x >= 0 and isinstance(x, numbers.Integral), "an integer, 0 for off"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
+    "repetition_penalty": (lambda x: x > 0, "a number above 0"),
+    "presence_penalty": (lambda x: True, "a finite number"),
+    "frequency_penalty": (lambda x: True, "a finite number"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen; the defaults are greedy and change nothing.
 
-    Applied in transformers' order: penalties, temperature, top-k, top-p, min-p.
+    Applied in transformers' order: penalties, temperature, top-k, top-p, min-p. Of equally likely
+    tokens at the border of top-k or top-p those of lower id stay; transformers keeps all that tie
+    with the k-th, and leaves ties in top-p to its sort.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
@@ -39,21 +57,12 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
 
     def __post_init__(self):
-        ranges = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "an integer, 0 for off"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "presence_penalty": (True, ""),
-            "frequency_penalty": (True, ""),
-        }
-        for name, (valid, range_) in ranges.items():
+        for name, (is_valid, expected) in _RANGES.items():
             value = getattr(self, name)
-            if not math.isfinite(value):
-                raise UserError(f"{name} = {value} should be a finite number")
-            if not valid:
-                raise UserError(f"{name} = {value} should be {range_}")
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            # NaN is in no range, and what float32 cannot hold would become infinite.
+            if not (is_number and abs(value) <= _FLOAT32.max and is_valid(value)):
+                raise UserError(f"{name} = {value!r} should be {expected}")
 
     @property
     def greedy(self) -> bool:
@@ -117,10 +126,13 @@ def candidates(logits: jax.Array, options: SamplingOptions) -> tuple[jax.Array, 
       options: temperature above 0.
 
     Returns:
-      Logits [B, C] at temperature 1, -inf where a token is filtered out, and their ids [B, C], most
-      likely first; ids None means that C is the whole vocabulary in order.
+      Logits [B, C] at temperature 1, the best of the row 0 and -inf where a token is filtered out,
+      and their ids [B, C], most likely first; ids None means that C is the whole vocabulary in
+      order.
     """
-    logits = logits / options.temperature
+    # Measured from the best one, so that no temperature is low enough to make it infinite.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / max(options.temperature, float(_FLOAT32.tiny))
     if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
         return logits, None
     V = logits.shape[-1]
@@ -148,14 +160,16 @@ def choose(
       options: how to choose.
 
     Returns:
-      int32 [B].
+      int32 [B]; -1 in a row whose logits hold NaN or an infinite maximum, so that none is best.
     """
+    broken = ~jnp.isfinite(logits.max(axis=-1))
     if seen is not None:
         logits = penalise(logits, seen, options)
     if options.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits, ids = candidates(logits, options)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits)
-    if ids is not None:
-        drawn = jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0]
-    return drawn.astype(jnp.int32)
+        chosen = jnp.argmax(logits, axis=-1)
+    else:
+        logits, ids = candidates(logits, options)
+        chosen = jax.vmap(jax.random.categorical)(keys, logits)
+        if ids is not None:
+            chosen = jnp.take_along_axis(ids, chosen[:, None], axis=1)[:, 0]
+    return jnp.where(broken, -1, chosen).astype(jnp.int32)

@@ -79,9 +79,5 @@ def rewind_cache(cache: Cache, length: int) -> Cache:
 
 def write_slots(buffer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
     """`buffer` [B, S, ...] with `new` [B, T, ...] at `slots` [B, T]; slots from S on drop."""
-    if slots.shape[1] == 1 and buffer.shape[0] == 1:
-        # One token of one row: an update in place, which a scatter is not on every backend.
-        start = (0, slots[0, 0]) + (0,) * (buffer.ndim - 2)
-        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
     rows = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")

@@ -1,0 +1,92 @@
+"""One set of operations, by this package and by transformers, so that both can be timed alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qwen_jax
+from qwen_jax.errors import UserError
+from qwen_jax.nn.cache import init_cache
+
+
+class Engine(Protocol):
+    """A loaded model in float32."""
+
+    def forward(self, ids: np.ndarray) -> None:
+        """Logits of every position of `ids` [B, T], waited for."""
+
+    def prefill(self, ids: np.ndarray) -> None:
+        """Runs `ids` into a new cache and chooses a next token, waited for."""
+
+    def decode(self, steps: int) -> None:
+        """Chooses `steps` tokens after those of the last `prefill`, waited for."""
+
+
+class Ours:
+    """This package."""
+
+    def __init__(self, directory: Path):
+        self._model, params = qwen_jax.load_pretrained(directory, dtype="float32")
+        self._variables = {"params": params}
+
+        def step(variables: Any, ids: jax.Array, cache: Any) -> tuple[Any, jax.Array]:
+            out = self._model.apply(variables, ids, cache=cache, logits_at="last")
+            return out.cache, jnp.argmax(out.logits[:, -1], axis=-1)[:, None]
+
+        self._step: Callable = jax.jit(step, donate_argnums=2)
+
+    def forward(self, ids: np.ndarray) -> None:
+        self._model.apply(self._variables, ids).logits.block_until_ready()
+
+    def prefill(self, ids: np.ndarray, room: int = 128) -> None:
+        cache = init_cache(self._model.config, len(ids), ids.shape[1] + room, jnp.float32)
+        self._cache, self._token = self._step(self._variables, ids, cache)
+        self._token.block_until_ready()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._cache, self._token = self._step(self._variables, self._token, self._cache)
+        self._token.block_until_ready()
+
+
+class Transformers:
+    """The PyTorch reference, with its default attention."""
+
+    def __init__(self, directory: Path):
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise UserError(
+                "the peer is not installed; pip install -r requirements-dev.txt"
+            ) from None
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self._torch = torch
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32
+        ).eval()
+
+    def forward(self, ids: np.ndarray) -> None:
+        with self._torch.inference_mode():
+            self._model(self._torch.as_tensor(ids), use_cache=False)
+
+    def prefill(self, ids: np.ndarray) -> None:
+        self._cache = None
+        self._run(self._torch.as_tensor(ids))
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._run(self._token)
+
+    def _run(self, ids: Any) -> None:
+        with self._torch.inference_mode():
+            out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache, self._token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+
+ENGINES: dict[str, Callable[[Path], Engine]] = {"qwen_jax": Ours, "transformers": Transformers}
