@@ -2,8 +2,9 @@
 
     python -m tools.chat --model=DIR
 
-Answers stream. The cache is kept between turns. An interrupt (Ctrl-C) cuts an answer short; an
-empty line is ignored; /reset starts anew; /exit or the end of the input leaves.
+Answers stream. The cache is kept between turns. An interrupt (Ctrl-C) stops an answer and forgets
+the turn; an empty line is ignored; /reset starts anew; /exit or the end of the input (Ctrl-D)
+leaves.
 """
 
 import sys
@@ -22,6 +23,8 @@ def main() -> None:
     """Reads lines, answers each."""
     session = text_flags.open_session()
     conversation = _new_conversation(session)
+    # A line that is not UTF-8 is answered all the same, with U+FFFD for what cannot be read.
+    sys.stdin.reconfigure(errors="replace")
     while (line := _read_line()) is not None:
         match line.strip():
             case "":
@@ -59,7 +62,7 @@ def _answer(session: text_flags.Session, conversation: Conversation, line: str) 
         session.options,
         session.stop_ids,
         text_flags.STOP.value,
-        text_flags.SEED.value + len(conversation.messages),
+        text_flags.SEED.value,
         on_text=_write,
     )
     print(flush=True)
@@ -78,10 +81,17 @@ def _write(text: str) -> None:
 
 def _read_line() -> str | None:
     """The next line, None at the end of the input; prompts on a terminal only."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        return None
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            return input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                print()
+            return None
+        except KeyboardInterrupt:
+            # It may have been meant for an answer that ended just before.
+            print("\n(/exit leaves)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every command line shares: flags parsed, errors in one line, help that exits with 0."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,12 +11,18 @@ from absl import app, flags, logging
 
 from qwen_jax.errors import UserError
 
+_HELP = ("help", "h", "helpshort", "helpfull")
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1."""
     _use_compilation_cache()
+    # A model writes all of Unicode, whatever the locale.
+    sys.stdout.reconfigure(encoding="utf-8")
     # One plain line a warning, and none of the runtime's remarks about devices that are not there.
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {_one_line(message)}", file=sys.stderr
+    )
     try:
         app.run(lambda _: _quietly(main), flags_parser=_parse)
     except UserError as error:
@@ -31,11 +38,13 @@ def run(main: Callable[[], None]) -> None:
 def _quietly(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     main()
+    # Here, where a reader that has gone is expected, and not at exit, where Python complains.
+    sys.stdout.flush()
 
 
 def _parse(argv: list[str]) -> list[str]:
     # absl's own help exits with 1 and hides the flags that a module imports.
-    if any(argument in ("--help", "-help", "-h", "--h") for argument in argv[1:]):
+    if any(argument.lstrip("-") in _HELP and argument.startswith("-") for argument in argv[1:]):
         module = sys.modules["__main__"]
         print((module.__doc__ or "").strip(), end="\n\n")
         for name in _flag_modules(argv[0]):
@@ -44,7 +53,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        message = re.sub(r"^flag --(\w+)=None: .*", r"--\1 is needed", str(error), flags=re.DOTALL)
+        raise UserError(f"{message}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: arguments are given as flags; see --help")
     return rest
@@ -55,8 +65,8 @@ def _flag_modules(program: str) -> list[str]:
     return [name for name in modules if name == program or name.startswith("tools.")]
 
 
-def _one_line(error: UserError) -> str:
-    return " ".join(str(error).split())
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def _use_compilation_cache() -> None:

@@ -29,8 +29,10 @@ from tools import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", ".cache/demo", "Where the checkpoint is written.")
 _PROMPT = flags.DEFINE_string("prompt", "Hello! Who are you?", "What the user says.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Length of the answer.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the weights and of the draws.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Length of the answer.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the weights and of the draws.", lower_bound=0, upper_bound=2**32 - 1
+)
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TOLERANCE = 1e-4

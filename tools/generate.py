@@ -4,8 +4,9 @@
     python -m tools.generate --model=Qwen/Qwen3-0.6B --chat --prompt="What is a mesh?"
     python -m tools.generate --model=DIR --input=prompts.jsonl --output=json
 
-One prompt streams; several run as a batch. A line of --input holds {"prompt": "..."} or, with
---chat, {"messages": [...], "tools": [...]} where tools may be left out.
+One prompt streams; several run in batches. A line of --input holds {"prompt": "..."} or, with
+--chat, {"messages": [...], "tools": [...]} where tools may be left out. --output=json writes each
+line's fields and adds text, token_ids, prompt_tokens and finish_reason.
 """
 
 import json
@@ -18,6 +19,7 @@ from absl import flags
 from qwen_jax.errors import UserError
 from qwen_jax.inference.completion import Completion, complete
 from qwen_jax.inference.decoding import TokenStream
+from qwen_jax.text import Tokenizer
 from tools import command_line, text_flags
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeatable.")
@@ -43,7 +45,8 @@ def main() -> None:
             session.max_new_tokens,
             session.options,
             session.stop_ids,
-            text_flags.SEED.value + start,
+            text_flags.SEED.value,
+            first_row=start,
         )
         on_text = _write if streaming else lambda row, text: None
         completions, _ = complete(
@@ -84,13 +87,18 @@ def _read_requests() -> list[tuple[str, dict[str, Any]]]:
         raise UserError("give --prompt (repeatable) or --input=FILE.jsonl, and not both")
     if _SYSTEM.value is not None and not (_CHAT.value and _PROMPT.value):
         raise UserError("--system needs --chat and --prompt")
+    if text_flags.THINKING.value is not None and not _CHAT.value:
+        raise UserError("--thinking needs --chat: it is for the chat template")
     if _PROMPT.value:
         return [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(_PROMPT.value, 1)]
     path = Path(_INPUT.value)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        # Not splitlines: JSON strings may hold the other characters that it splits at.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     requests = [
         (f"{path}:{number}", _parse_line(f"{path}:{number}", line))
         for number, line in enumerate(lines, 1)
@@ -104,41 +112,48 @@ def _read_requests() -> list[tuple[str, dict[str, Any]]]:
 def _parse_line(name: str, line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(request, dict):
         raise UserError(f"{name}: should hold an object, holds a {type(request).__name__}")
-    wanted = {"prompt", "messages", "tools"} if _CHAT.value else {"prompt"}
-    main = {"prompt", "messages"} & wanted & request.keys()
-    if len(main) != 1:
-        choices = " or ".join(sorted(wanted - {"tools"}))
+    for field in ("messages", "tools"):
+        if field in request and not _CHAT.value:
+            raise UserError(f"{name}: {field} needs --chat")
+    if ("prompt" in request) == ("messages" in request):
+        choices = "either prompt or messages" if _CHAT.value else "prompt"
         raise UserError(f"{name}: needs {choices}; has {', '.join(request) or 'nothing'}")
-    if "prompt" in main and not isinstance(request["prompt"], str):
+    if "prompt" in request and not isinstance(request["prompt"], str):
         raise UserError(f"{name}: prompt should be a string")
     return request
 
 
 def _prompt_ids(session: text_flags.Session, name: str, request: dict[str, Any]) -> list[int]:
-    allow_special = text_flags.ALLOW_SPECIAL.value
-    if _CHAT.value:
-        messages = request.get("messages")
-        if messages is None:
-            messages = [{"role": "user", "content": request["prompt"]}]
-            if _SYSTEM.value is not None:
-                messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
-        ids = session.tokenizer.apply_chat_template(
-            messages,
-            tools=request.get("tools"),
-            add_generation_prompt=True,
-            allow_special=allow_special,
-            **text_flags.template_variables(),
-        )
-    else:
-        ids = session.tokenizer.encode(request["prompt"], allow_special=allow_special)
+    try:
+        ids = _encode(session.tokenizer, request)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     if not ids:
         raise UserError(f"{name}: is empty; give some text to continue")
     session.check_length(ids, name)
     return ids
+
+
+def _encode(tokenizer: Tokenizer, request: dict[str, Any]) -> list[int]:
+    allow_special = text_flags.ALLOW_SPECIAL.value
+    if not _CHAT.value:
+        return tokenizer.encode(request["prompt"], allow_special=allow_special)
+    messages = request.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": request["prompt"]}]
+        if _SYSTEM.value is not None:
+            messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
+    return tokenizer.apply_chat_template(
+        messages,
+        tools=request.get("tools"),
+        add_generation_prompt=True,
+        allow_special=allow_special,
+        **text_flags.template_variables(),
+    )
 
 
 if __name__ == "__main__":

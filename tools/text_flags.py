@@ -12,7 +12,7 @@ from qwen_jax.hf_rope import parse_rope_flag
 from qwen_jax.inference.defaults import load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
-from qwen_jax.text import Tokenizer
+from qwen_jax.text import StopStrings, Tokenizer
 
 MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
@@ -27,10 +27,21 @@ REFUSE_NONFINITE = flags.DEFINE_bool(
     "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Tokens to generate at most; the checkpoint's default, else 512."
+    "max_new_tokens",
+    None,
+    "Tokens to generate at most; the checkpoint's default, else 512.",
+    lower_bound=1,
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws; the same seed gives the same text.")
-STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the output; repeatable.")
+SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Of the draws; the same seed gives the same text.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
+STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text that ends the output, itself left out; repeatable."
+)
 THINKING = flags.DEFINE_bool(
     "thinking",
     None,
@@ -96,6 +107,7 @@ def open_session() -> Session:
     """
     given = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
     SamplingOptions(**given)
+    StopStrings(STOP.value)
     rope_scaling = parse_rope_flag(ROPE.value)
     directory = resolve_source(MODEL.value)
     defaults = load_generation_defaults(directory)

@@ -19,7 +19,7 @@ from tools import command_line
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory or hub id.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to run; random tokens if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of random tokens.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens.", lower_bound=0)
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-4, "Accepted difference, as a fraction of the root mean square, at least 1."
 )
@@ -27,6 +27,8 @@ _TOLERANCE = flags.DEFINE_float(
 
 def main() -> None:
     """Compares and prints the table."""
+    if not _TOLERANCE.value >= 0:
+        raise UserError(f"--tolerance={_TOLERANCE.value:g} should be a number of at least 0")
     directory = resolve_source(_MODEL.value)
     config = load_config(directory)
     if _PROMPT.value is not None:

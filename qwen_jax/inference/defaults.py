@@ -60,6 +60,8 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         stop_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         max_new_tokens=fields.take("max_new_tokens", "integer"),
     )
+    if defaults.max_new_tokens is not None and defaults.max_new_tokens < 1:
+        raise fields.refuse("max_new_tokens", defaults.max_new_tokens, "at least 1 is needed")
     for name, value in fields.values.items():
         if not (name in _INERT or value in (None, False, [], {}, 0) or value == _OFF.get(name)):
             raise fields.refuse(name, value, "remove it, or give the sampling flags you want")

@@ -50,6 +50,62 @@ CASES = {
 }
 
 
+def draw_case(seed):
+    """A checkpoint's family and fields, drawn from everything that config.json can ask for."""
+    rng = np.random.default_rng(seed)
+    family = rng.choice(["qwen2", "qwen3"])
+    kv_heads, group = rng.integers(1, 4), rng.choice([1, 2, 3, 7])
+    length = int(rng.integers(16, 64))
+    scaling = {
+        "default": None,
+        "linear": {"rope_type": "linear", "factor": float(rng.uniform(1, 8))},
+        "dynamic": {"rope_type": "dynamic", "factor": float(rng.uniform(1, 8))},
+        "yarn": {
+            "rope_type": "yarn",
+            "factor": float(rng.uniform(1, 16)),
+            "original_max_position_embeddings": length,
+            "attention_factor": rng.choice([None, float(rng.uniform(0.5, 2))]),
+            "beta_fast": float(rng.uniform(2, 40)),
+            "beta_slow": float(rng.uniform(0.1, 2)),
+            "mscale": float(rng.uniform(0.1, 2)),
+            "mscale_all_dim": float(rng.uniform(0.1, 2)),
+            "truncate": bool(rng.integers(2)),
+        },
+    }[rng.choice(["default", "linear", "dynamic", "yarn"], p=[0.3, 0.1, 0.2, 0.4])]
+    fields = {
+        "num_key_value_heads": int(kv_heads),
+        "num_attention_heads": int(kv_heads * group),
+        "head_dim": int(2 * rng.integers(4, 20)),
+        "hidden_size": int(rng.integers(20, 90)),
+        "intermediate_size": int(rng.integers(20, 90)),
+        "num_hidden_layers": int(rng.integers(1, 5)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_theta": float(10 ** rng.uniform(2, 7)),
+        "rms_norm_eps": float(10 ** rng.uniform(-7, -2)),
+        "max_position_embeddings": length,
+        "rope_scaling": scaling,
+        "use_sliding_window": bool(rng.integers(2)),
+        "sliding_window": int(rng.integers(1, 20)),
+        "max_window_layers": int(rng.integers(0, 4)),
+    }
+    if family == "qwen3":
+        fields["attention_bias"] = bool(rng.integers(2))
+    return str(family), fields
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_checkpoints_equal_the_reference(seed, tmp_path):
+    family, fields = draw_case(seed)
+    reference = random_reference(family, seed, **fields)
+    model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / "model"))
+    ids = random_ids(model, (2, 70), seed)
+    mask = padding([70, 41], 70, "left" if seed % 2 else "right")
+    expected = reference_logits(reference, ids, mask)
+    logits = model.apply({"params": params}, ids, attention_mask=mask).logits
+    real = mask.astype(bool)
+    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def case(request, tmp_path_factory):
     family, fields = CASES[request.param]
