@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import text
-from qwen_jax.checkpoint import loading, orbax_format
 from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.checkpoint.loading import load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
@@ -43,10 +43,7 @@ def load_pretrained(
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     dtype = _resolve_dtype(dtype, config)
-    if orbax_format.is_orbax(directory):
-        params = orbax_format.load_orbax(config, directory, dtype, allow_nonfinite)
-    else:
-        params = loading.load_params(config, directory, dtype, allow_nonfinite)
+    params = load_params(config, directory, dtype, allow_nonfinite)
     return Decoder(config), params
 
 

@@ -23,8 +23,10 @@ def main() -> None:
     """Reads lines, answers each."""
     session = text_flags.open_session()
     conversation = _new_conversation(session)
+    if sys.stdin is None:
+        raise UserError("standard input is closed; give a terminal, or lines through a pipe")
     # A line that is not UTF-8 is answered all the same, with U+FFFD for what cannot be read.
-    sys.stdin.reconfigure(errors="replace")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while (line := _read_line()) is not None:
         match line.strip():
             case "":

@@ -1,5 +1,6 @@
 """What every command line shares: flags parsed, errors in one line, help that exits with 0."""
 
+import errno
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ _HELP = ("help", "h", "helpshort", "helpfull")
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1."""
     _use_compilation_cache()
+    if sys.stdout is None:
+        sys.exit("standard output is closed; nothing could be written")
     # A model writes all of Unicode, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8")
     # One plain line a warning, and none of the runtime's remarks about devices that are not there.
@@ -29,10 +32,18 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_one_line(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe has gone; Python must not complain about it once more at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is still to be written has nowhere to go; Python must not try once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        # A reader that has gone, as `head` does, has read what it wanted.
+        sys.exit(1 if error.errno == errno.EPIPE else f"cannot write ({error.strerror})")
+    except Exception as error:
+        reason = _device_trouble(error)
+        if reason is None:
+            raise
+        sys.exit(reason)
 
 
 def _quietly(main: Callable[[], None]) -> None:
@@ -69,10 +80,33 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def _device_trouble(error: Exception) -> str | None:
+    """One line for a device that is not there or is too small; None for anything else."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as missing:  # JAX fails an assertion where CUDA is asked for and absent.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return _one_line(f"JAX_PLATFORMS={platforms}: {str(missing) or 'no such device here'}")
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "out of memory on the device; run fewer or shorter texts at once"
+        )
+    return None
+
+
 def _use_compilation_cache() -> None:
     """Compiled programs outlive the process, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "qwen_jax" / "jax"))
+        directory = root / "qwen_jax" / "jax"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # No home directory, or none that can be written to.
+        return
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))

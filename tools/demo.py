@@ -40,9 +40,15 @@ _TOLERANCE = 1e-4
 
 def main() -> None:
     """Runs the demonstration."""
+    if not _PROMPT.value:
+        raise UserError("--prompt is empty; give some text")
     directory = Path(_WORKDIR.value) / "qwen3-random"
     print(f"Writing a small Qwen3 to {directory}. Its weights are random: it will say nonsense.")
-    _write_checkpoint(directory, _SEED.value)
+    try:
+        _write_checkpoint(directory, _SEED.value)
+    except OSError as error:
+        message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
+        raise UserError(message) from None
 
     start = time.perf_counter()
     model, params = qwen_jax.load_pretrained(directory)

@@ -9,20 +9,18 @@ import numpy as np
 
 from qwen_jax.checkpoint import names, orbax_format
 from qwen_jax.checkpoint.hub import resolve_source
-from qwen_jax.checkpoint.loading import match_tensors
+from qwen_jax.checkpoint.loading import open_model
 from qwen_jax.checkpoint.nonfinite import all_finite
-from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
+from qwen_jax.checkpoint.reader import StoredTensor
 from qwen_jax.checkpoint.writer import (
     MAX_SHARD_SIZE,
     check_vacant,
     copy_companions,
     new_directory,
     num_bytes,
-    tensors_of,
     write_json,
     write_tensors,
 )
-from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config
 from qwen_jax.json_fields import read_json
@@ -69,38 +67,26 @@ def convert(
     check_vacant(target)
     directory = resolve_source(source)
     config = load_config(directory)
-    tensors = _stored_tensors(config, directory)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype} is not supported; known: {', '.join(DTYPES)}")
+    tensors = open_model(config, directory)
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype = {dtype} is not supported; known: {', '.join(DTYPES)}")
-        tensors = {
-            name: _cast(f"{directory}: tensor {name}", tensor, dtype)
-            for name, tensor in tensors.items()
-        }
+        tensors = {path: _cast(directory, tensor, dtype) for path, tensor in tensors.items()}
     with new_directory(target) as partial:
         _write_config(directory, partial, dtype)
         copy_companions(directory, partial)
         if target_format == "orbax":
-            table = names.tensor_names(config)
-            leaves = {table[name]: tensor.read() for name, tensor in tensors.items()}
+            leaves = {path: tensor.read() for path, tensor in tensors.items()}
             orbax_format.save_orbax(partial, names.unflatten(leaves))
         else:
-            write_tensors(partial, tensors, max_shard_size)
+            # Under the names that transformers gives, whatever the source calls them.
+            table = names.tensor_names(config)
+            named = {name: tensors[path] for name, path in table.items()}
+            write_tensors(partial, named, max_shard_size)
     return Converted(len(tensors), sum(map(num_bytes, tensors.values())))
 
 
-def _stored_tensors(config: ModelConfig, directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of the model, no more and no less, under the names that transformers gives."""
-    if orbax_format.is_orbax(directory):
-        return tensors_of(config, orbax_format.read_orbax(config, directory))
-    stored = open_checkpoint(directory)
-    # A tied table may be stored under the name of the head alone.
-    found = {path: stored[name] for name, path in match_tensors(config, directory, stored).items()}
-    return {name: found[path] for name, path in names.tensor_names(config).items()}
-
-
-def _cast(title: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
-    """`tensor`, which errors call `title`, cast as it is read."""
+def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
     to = np.dtype(dtype)
 
     def read() -> np.ndarray:
@@ -108,7 +94,9 @@ def _cast(title: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
         with np.errstate(all="ignore"):
             cast = values.astype(to, copy=False)
         if not all_finite(cast) and all_finite(values):
-            raise UserError(f"{title} overflows as {dtype}; give a wider dtype")
+            raise UserError(
+                f"{directory}: tensor {tensor.name} overflows as {dtype}; give a wider dtype"
+            )
         return cast
 
     return dataclasses.replace(tensor, dtype=to, read=read)

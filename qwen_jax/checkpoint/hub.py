@@ -5,6 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import tqdm as hub_bar
 
 from qwen_jax.errors import UserError
 
@@ -13,6 +14,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Data only, and only what lies beside config.json: a "*" matches slashes too.
 _COMPANIONS = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model", "LICENSE*", "*.md"]
 _NEVER = ["*.py", *(f"*/*.{end}" for end in ("json", "txt", "safetensors", "bin", "model", "md"))]
+
+
+class _TerminalBar(hub_bar):
+    """The hub's progress bar, silent where stderr is not a terminal."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})
 
 
 def resolve_source(source: str | Path, weights: bool = True) -> Path:
@@ -29,6 +37,8 @@ def resolve_source(source: str | Path, weights: bool = True) -> Path:
     Raises:
       UserError: no such directory, an empty one, or a repository that cannot be had.
     """
+    if not str(source):
+        raise UserError("the source is empty; give a checkpoint directory or a hub id")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -56,7 +66,10 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=patterns, ignore_patterns=_NEVER
+                hub_id,
+                allow_patterns=patterns,
+                ignore_patterns=_NEVER,
+                tqdm_class=_TerminalBar,
             )
         )
     except errors.GatedRepoError:

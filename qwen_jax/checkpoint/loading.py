@@ -13,6 +13,7 @@ import tqdm
 
 from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
+from qwen_jax.checkpoint.orbax_format import is_orbax, open_orbax
 from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -32,7 +33,7 @@ def load_params(
     dtype: jnp.dtype,
     allow_nonfinite: bool = True,
 ) -> dict[str, Any]:
-    """Reads the parameters of `Decoder(config)` from a Hugging Face directory.
+    """Reads the parameters of `Decoder(config)` from a Hugging Face or Orbax directory.
 
     Memory above the start stays under the parameters' size plus twice the largest tensor. On a
     terminal, a progress bar is shown.
@@ -49,27 +50,39 @@ def load_params(
     Raises:
       UserError: unknown, missing, duplicate or misshapen tensors, broken files.
     """
-    stored = open_checkpoint(directory)
-    table = match_tensors(config, directory, stored)
+    tensors = open_model(config, directory)
     bad: list[str] = []
 
-    def load(name: str) -> jax.Array:
-        host = _cast_to_own_memory(stored[name].read(), dtype)
+    def load(tensor: StoredTensor) -> jax.Array:
+        host = _cast_to_own_memory(tensor.read(), dtype)
         if not all_finite(host):
-            bad.append(name)
+            bad.append(tensor.name)
         return jax.device_put(host)
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        # In file order, so that the disk is read in order.
-        order = [name for name in stored if name in table]
-        loaded = pool.map(load, order)
-        bar = tqdm.tqdm(loaded, "loading", len(order), unit="tensor", disable=None)
-        params = names.unflatten({table[name]: leaf for name, leaf in zip(order, bar, strict=True)})
+        loaded = pool.map(load, tensors.values())
+        bar = tqdm.tqdm(loaded, "loading", len(tensors), unit="tensor", disable=None)
+        params = names.unflatten(dict(zip(tensors, bar, strict=True)))
     report_nonfinite(directory, bad, dtype, allow_nonfinite)
     return params
 
 
-def match_tensors(
+def open_model(config: ModelConfig, directory: Path) -> dict[names.Path, StoredTensor]:
+    """The stored tensor of each parameter of `Decoder(config)`, by its path in the tree.
+
+    They are in file order, so that the disk is read in order.
+
+    Raises:
+      UserError: unknown, missing, duplicate or misshapen tensors, broken files.
+    """
+    if is_orbax(directory):
+        return open_orbax(config, directory)
+    stored = open_checkpoint(directory)
+    table = _match_tensors(config, directory, stored)
+    return {table[name]: tensor for name, tensor in stored.items() if name in table}
+
+
+def _match_tensors(
     config: ModelConfig, directory: Path, stored: dict[str, StoredTensor]
 ) -> dict[str, names.Path]:
     """Stored name -> path in the tree, after checking that both sides agree on every tensor."""

@@ -1,15 +1,24 @@
-"""Parameters as an Orbax checkpoint in a model directory, beside config.json and the tokenizer."""
+"""Parameters as an Orbax checkpoint in a model directory, beside config.json and the tokenizer.
 
-from collections.abc import Callable, Mapping
+Orbax writes them. They are read through TensorStore, on which Orbax stands, since that can be done
+a tensor at a time: `params` holds an OCDBT database with one zarr array for each parameter, named
+by its path in the tree with dots between.
+"""
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
+from qwen_jax.checkpoint import names
+from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
 from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -18,6 +27,12 @@ _FOLDER = "params"
 
 # Any of them will do, so that a damaged checkpoint is called damaged rather than absent.
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+
+# The file that says what an array is -> TensorStore's driver for it.
+_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
+
+
+_FLOATS = [np.dtype(dtype) for dtype in SAFETENSORS_DTYPES.values()]
 
 
 def is_orbax(directory: Path) -> bool:
@@ -31,68 +46,87 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
     Raises:
       OSError: they cannot be written.
     """
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((directory / _FOLDER).absolute(), params)
-    except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
-        raise OSError(_one_line(error)) from error
+    print_unraisable = sys.unraisablehook
 
+    def skip_orphans(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            print_unraisable(unraisable)
 
-def load_orbax(
-    config: ModelConfig, directory: Path, dtype: jnp.dtype, allow_nonfinite: bool = True
-) -> dict[str, Any]:
-    """Reads the parameters of `Decoder(config)` onto the first device.
-
-    Args:
-      config: the model.
-      directory: holds the checkpoint.
-      dtype: of the parameters.
-      allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
-
-    Raises:
-      UserError: a broken checkpoint, or one whose parameters are not those of `config`.
-    """
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = _restore(
-        config,
-        directory,
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-    )
-    bad = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not all_finite(np.asarray(leaf))
-    ]
-    report_nonfinite(directory, bad, dtype, allow_nonfinite)
-    return params
-
-
-def read_orbax(config: ModelConfig, directory: Path) -> dict[str, Any]:
-    """Reads the parameters of `Decoder(config)` as numpy arrays, in the dtypes stored.
-
-    Raises:
-      UserError: a broken checkpoint, or one whose parameters are not those of `config`.
-    """
-    return _restore(config, directory, lambda leaf: np.empty(leaf.shape, leaf.dtype))
-
-
-def _restore(config: ModelConfig, directory: Path, wanted: Callable[[Any], Any]) -> dict[str, Any]:
-    """The tree of `config`, each leaf of the kind that `wanted` makes from its metadata."""
-    path = (directory / _FOLDER).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
+    # Writes that outlive the first failure find their event loop closed, now or later.
+    sys.unraisablehook = skip_orphans
+    with _logs_silenced():
         try:
-            stored = checkpointer.metadata(path).item_metadata
-            stored = stored.tree if hasattr(stored, "tree") else stored
-            check_tree(config, stored, directory)
-            return checkpointer.restore(path, jax.tree.map(wanted, stored))
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many types for a broken file.
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((directory / _FOLDER).absolute(), params)
+            sys.unraisablehook = print_unraisable
+            return
+        except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
+            reason = _one_line(error)
+        # Orbax's failed tasks log themselves when they are collected.
+        gc.collect()
+    raise OSError(reason)
+
+
+def open_orbax(config: ModelConfig, directory: Path) -> dict[names.Path, StoredTensor]:
+    """The stored tensor of each parameter of `Decoder(config)`, by its path in the tree.
+
+    Raises:
+      UserError: a broken checkpoint, or one whose parameters are not those of `config`.
+    """
+    path = (directory / _FOLDER).absolute()
+    if not (path / "manifest.ocdbt").is_file():
+        raise _broken(path, "it has no manifest.ocdbt")
+    database = {"driver": "ocdbt", "base": f"file://{path}/"}
+    try:
+        keys = tensorstore.KvStore.open(database).result().list().result()
+        tensors = {}
+        for key in keys:
+            name, _, file = key.decode().rpartition("/")
+            if file in _DRIVERS:
+                tensors[tuple(name.split("."))] = _open_array(path, database, name, _DRIVERS[file])
+    except (ValueError, OSError) as error:
+        raise _broken(path, error) from None
+    check_tree(config, names.unflatten(tensors), directory)
+    for tensor in tensors.values():
+        if tensor.dtype not in _FLOATS:
             raise UserError(
-                f"{path}: broken or incomplete Orbax checkpoint ({_one_line(error)}); "
-                "convert it again"
-            ) from error
+                f"{path}: parameter {tensor.name} is stored as {tensor.dtype.name}, which is not "
+                f"read; save it as one of {', '.join(dtype.name for dtype in _FLOATS)}"
+            )
+    return tensors
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _open_array(path: Path, database: dict[str, Any], name: str, driver: str) -> StoredTensor:
+    spec = {"driver": driver, "kvstore": {**database, "path": f"{name}/"}}
+    array = tensorstore.open(spec, open=True, read=True).result()
+
+    def read() -> np.ndarray:
+        try:
+            return array.read().result()
+        except (ValueError, OSError) as error:
+            raise _broken(path, error) from None
+
+    return StoredTensor(name, path, tuple(array.shape), array.dtype.numpy_dtype, read)
+
+
+def _broken(path: Path, reason: str | Exception) -> UserError:
+    reason = _one_line(reason)
+    return UserError(f"{path}: broken or incomplete Orbax checkpoint ({reason}); convert it again")
+
+
+@contextlib.contextmanager
+def _logs_silenced() -> Iterator[None]:
+    """Keeps from stderr what Orbax logs of a failure, since it raises it as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _one_line(reason: str | Exception) -> str:
+    return " ".join(str(reason).split())[:200] or type(reason).__name__

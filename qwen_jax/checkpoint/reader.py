@@ -29,6 +29,7 @@ class StoredTensor:
     """A tensor on disk.
 
     Attributes:
+      name: as its file has it.
       file: that holds it, None for a tensor in memory.
       shape: its axes.
       dtype: as stored.
@@ -36,6 +37,7 @@ class StoredTensor:
         memory of their own.
     """
 
+    name: str
     file: Path | None
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -129,15 +131,19 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: tensor {printable(name)} is stored as {entry['dtype']}, which is not "
                 f"read; save it as one of {', '.join(SAFETENSORS_DTYPES)}"
             )
-        tensors[name] = _mapped_tensor(path, content, entry)
+        tensors[name] = _mapped_tensor(path, content, name, entry)
     # The header need not be in the order of the data.
     return dict(sorted(tensors.items(), key=lambda item: header[item[0]]["data_offsets"]))
 
 
-def _mapped_tensor(path: Path, content: np.ndarray, entry: dict[str, Any]) -> StoredTensor:
+def _mapped_tensor(
+    path: Path, content: np.ndarray, name: str, entry: dict[str, Any]
+) -> StoredTensor:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
-    return StoredTensor(path, shape, dtype, lambda: content[begin:end].view(dtype).reshape(shape))
+    return StoredTensor(
+        name, path, shape, dtype, lambda: content[begin:end].view(dtype).reshape(shape)
+    )
 
 
 def _open_bin(path: Path) -> dict[str, StoredTensor]:
@@ -195,4 +201,4 @@ def _torch_tensor(path: Path, name: Any, value: Any) -> StoredTensor:
             return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return plain.numpy()
 
-    return StoredTensor(path, tuple(value.shape), np.dtype(dtypes[value.dtype]), read)
+    return StoredTensor(name, path, tuple(value.shape), np.dtype(dtypes[value.dtype]), read)

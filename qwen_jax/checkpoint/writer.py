@@ -104,11 +104,11 @@ def save_pretrained(
 def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """The checkpoint tensors that a parameter tree holds, by name."""
 
-    def tensor(leaf: jax.Array) -> StoredTensor:
-        return StoredTensor(None, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+    def tensor(name: str, leaf: jax.Array) -> StoredTensor:
+        return StoredTensor(name, None, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
     return {
-        name: tensor(names.leaf_at(params, path))
+        name: tensor(name, names.leaf_at(params, path))
         for name, path in names.tensor_names(config).items()
     }
 

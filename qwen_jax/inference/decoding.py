@@ -157,7 +157,8 @@ class TokenStream:
         B = len(self._prompts)
         lengths = np.array([len(prompt) for prompt in self._prompts])
         longest = int(lengths.max())
-        T = bucket(longest)
+        # A turn of a chat is short and its program depends on the cache's size too: few lengths.
+        T = bucket(longest, 16 if self._start_cache is None else 32)
         ids = np.zeros((B, T), np.int32)
         for row, prompt in enumerate(self._prompts):
             ids[row, : len(prompt)] = prompt

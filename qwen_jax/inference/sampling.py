@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_jax.errors import UserError
 
-_FLOAT32 = np.finfo(np.float32)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 # What each option may be, for the check and for its message.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -61,7 +61,7 @@ class SamplingOptions:
             value = getattr(self, name)
             is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             # NaN is in no range, and what float32 cannot hold would become infinite.
-            if not (is_number and abs(value) <= _FLOAT32.max and is_valid(value)):
+            if not (is_number and abs(value) <= _LARGEST and is_valid(value)):
                 raise UserError(f"{name} = {value!r} should be {expected}")
 
     @property
@@ -132,7 +132,7 @@ def candidates(logits: jax.Array, options: SamplingOptions) -> tuple[jax.Array, 
     """
     # Measured from the best one, so that no temperature is low enough to make it infinite.
     logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = logits / max(options.temperature, float(_FLOAT32.tiny))
+    logits = logits / max(options.temperature, _SMALLEST)
     if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
         return logits, None
     V = logits.shape[-1]

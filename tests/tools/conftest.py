@@ -1,0 +1,95 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.reference import random_reference, save_reference
+from tests.text.chat_templates import QWEN3
+from tests.text.real_vocabulary import byte_characters
+
+ROOT = Path(__file__).parents[2]
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+DEFAULTS = {"do_sample": True, "temperature": 0.8, "top_k": 30, "max_new_tokens": 9}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Bytes, three merges, the control tokens: it loads at once."""
+    pieces = [*byte_characters(), "Ġt", "he", "Ġthe"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (directory / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\n", encoding="utf-8")
+    config = {
+        "added_tokens_decoder": {
+            str(len(pieces) + i): {"content": token, "special": "|" in token, "normalized": False}
+            for i, token in enumerate(ADDED)
+        },
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.jinja").write_text(QWEN3, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random model of 300 positions with a tokenizer, a chat template and sampling defaults."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    reference = random_reference("qwen3", num_hidden_layers=2, max_position_embeddings=300)
+    save_reference(reference, directory)
+    write_tokenizer(directory)
+    (directory / "generation_config.json").write_text(json.dumps(DEFAULTS))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Compiled programs are shared with the tests."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_tool(environment):
+    """Runs `python -m tools.NAME` with these arguments as a process of its own."""
+
+    def run(name: str, *arguments: str, stdin: str | bytes = "", **changes: str):
+        return subprocess.run(
+            [sys.executable, "-m", f"tools.{name}", *arguments],
+            cwd=ROOT,
+            env={**environment, **changes},
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8" if isinstance(stdin, str) else None,
+            timeout=120,
+        )
+
+    return run
+
+
+def start_tool(environment: dict[str, str], name: str, *arguments: str) -> subprocess.Popen:
+    """Starts `python -m tools.NAME` with pipes for what it writes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"tools.{name}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def refusal(result: subprocess.CompletedProcess) -> str:
+    """The one line of a run that was refused."""
+    assert result.returncode == 1, result
+    assert result.stdout == ""
+    assert result.stderr.endswith("\n")
+    (line,) = result.stderr.splitlines()
+    assert "Traceback" not in line
+    return line

@@ -1,0 +1,392 @@
+"""`python -m tools.generate`: what it writes, and what it refuses in one line."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import qwen_jax
+from tests.tools.conftest import DEFAULTS, ROOT, refusal, start_tool
+
+LONG = "a" * 301
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the sky"}]
+LINES = {
+    "prompts": ['{"prompt": "the\u2028end", "id": 7}', "", '{"prompt": "x"}'],
+    "chats": [
+        json.dumps({"messages": CHAT}),
+        json.dumps({"messages": CHAT, "tools": TOOLS}),
+        '{"prompt": "Hi"}',
+    ],
+    "broken": ['{"prompt": "x"}', "", '{"prompt": "x'],
+    "list": ["[1]"],
+    "nested": ["[" * 100_000],
+    "number": ['{"prompt": 1' + "0" * 5000 + "}"],
+    "wordless": ['{"prompt": 5}'],
+    "silent": ['{"text": "x"}'],
+    "both": ['{"prompt": "x", "messages": []}'],
+    "nobody": ['{"messages": [{"content": "x"}]}'],
+    "toolbox": ['{"messages": [{"role": "user", "content": "x"}], "tools": [3]}'],
+    "half": ['{"prompt": "\\ud800"}'],
+    "blank": [""],
+}
+TEMPLATES = {
+    "looping": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "raising": "{{ raise_exception('no thanks') }}",
+    "mistyped": "{% if %}",
+}
+
+# Runs many command lines in one process, each as if it were alone.
+DRIVER = """
+import contextlib, io, json, sys
+from absl import flags
+from tools import command_line, generate
+
+def stream():
+    return io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+
+results = []
+for arguments in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    sys.argv = ["tools.generate", *arguments]
+    code, out, err = 0, stream(), stream()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            command_line.run(generate.main)
+        except SystemExit as end:
+            code = end.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    out, err = (x.buffer.getvalue().decode() for x in (out, err))
+    results.append([code, out, err])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("input")
+    for name, lines in LINES.items():
+        (directory / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (directory / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    (directory / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint, tmp_path_factory):
+    """Checkpoints that differ from the good one in one file."""
+
+    def altered(name, file, text):
+        directory = tmp_path_factory.mktemp("models") / name
+        directory.mkdir()
+        for path in checkpoint.iterdir():
+            (directory / path.name).symlink_to(path)
+        (directory / file).unlink()
+        (directory / file).write_text(text, encoding="utf-8")
+        return directory
+
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    far = {str(i): {"content": f"<|{i}|>", "special": True} for i in range(264, 321)}
+    config["added_tokens_decoder"].update(far)
+    return {
+        "good": checkpoint,
+        "misfit": altered("misfit", "tokenizer_config.json", json.dumps(config)),
+        "beams": altered("beams", "generation_config.json", '{"num_beams": 4}'),
+        **{name: altered(name, "chat_template.jinja", text) for name, text in TEMPLATES.items()},
+    }
+
+
+PROMPTS = ["--prompt=the sea", "--prompt=x", "--prompt=Hello"]
+WRITES = {
+    "texts": PROMPTS,
+    "json": [*PROMPTS, "--output=json", "--batch_size=2", "--seed=3"],
+    "json again": [*PROMPTS, "--output=json", "--batch_size=2", "--seed=3"],
+    "other seed": [*PROMPTS, "--output=json", "--seed=4"],
+    "greedy": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14"],
+    "yarn": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14",
+             "--rope=yarn:4,original=32"],
+    "penalty": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14",
+                "--repetition_penalty=1.5"],
+    "input": ["--input={files}/prompts.jsonl", "--output=json"],
+    "marked": ["--input={files}/marked.jsonl", "--output=json"],
+    "chats": ["--input={files}/chats.jsonl", "--output=json", "--chat", "--nothinking"],
+    "system": ["--prompt=the sky", "--output=json", "--chat", "--system=Be brief."],
+    "typed": ["--prompt=a<|im_end|>b", "--output=json"],
+    "typed, allowed": ["--prompt=a<|im_end|>b", "--output=json", "--allow_special"],
+    "longer": [f"--prompt={LONG}", "--allow_longer", "--output=json"],
+    "longer, scaled": [f"--prompt={LONG}", "--rope=yarn:4,original=300", "--output=json"],
+    "half": ["--prompt=x", "--dtype=bfloat16", "--output=json"],
+}  # fmt: skip
+REFUSES = {
+    "no prompt": ([], "give --prompt (repeatable) or --input"),
+    "both": (["--prompt=x", "--input={files}/prompts.jsonl"], "give --prompt (repeatable) or"),
+    "empty prompt": (["--prompt="], "prompt 1: is empty"),
+    "unknown flag": (["--prompt=x", "--promt=y"], "Unknown command line flag 'promt'"),
+    "stray word": (["--prompt=x", "y"], "y: arguments are given as flags"),
+    "no such format": (["--prompt=x", "--output=xml"], "flag --output=xml: value should be"),
+    "no tokens": (["--prompt=x", "--max_new_tokens=0"], "flag --max_new_tokens=0"),
+    "no batch": (["--prompt=x", "--batch_size=0"], "flag --batch_size=0"),
+    "seed": (["--prompt=x", "--seed=4294967296"], "flag --seed=4294967296"),
+    "temperature": (["--prompt=x", "--temperature=-0.5"], "temperature = -0.5 should be"),
+    "temperature word": (["--prompt=x", "--temperature=hot"], "flag --temperature=hot"),
+    "top_p": (["--prompt=x", "--top_p=1.2"], "top_p = 1.2 should be"),
+    "stop": (["--prompt=x", "--stop="], "stop strings must be non-empty"),
+    "system alone": (["--prompt=x", "--system=y"], "--system needs --chat"),
+    "thinking alone": (["--prompt=x", "--thinking"], "--thinking needs --chat"),
+    "dtype": (["--prompt=x", "--dtype=int8"], "dtype = int8 is not supported"),
+    "rope kind": (["--prompt=x", "--rope=spiral:2"], 'rope_scaling: rope_type = "spiral"'),
+    "rope form": (["--prompt=x", "--rope=yarn:4,original"], "--rope=yarn:4,original: 'original'"),
+    "no such model": (["--prompt=x", "--model=/no/where"], "/no/where: no such directory"),
+    "file as model": (["--prompt=x", "--model={good}/config.json"], "{good}/config.json: is a fil"),
+    "misfit": (["--prompt=x", "--model={misfit}"], "tokenizer: token '<|320|>' has id 320"),
+    "beams": (["--prompt=x", "--model={beams}"], "{beams}/generation_config.json: num_beams = 4"),
+    "too long": ([f"--prompt={LONG}"], "prompt 1: 301 tokens are longer than max_position_embed"),
+    "looping": (["--prompt=x", "--chat", "--model={looping}"],
+                "prompt 1: {looping}/chat_template.jinja: chat template was stopped"),
+    "raising": (["--prompt=x", "--chat", "--model={raising}"],
+                "prompt 1: {raising}/chat_template.jinja: chat template refuses these messages: n"),
+    "mistyped": (["--prompt=x", "--chat", "--model={mistyped}"],
+                 "prompt 1: {mistyped}/chat_template.jinja: chat template has a syntax error"),
+    "absent input": (["--input={files}/none.jsonl"], "{files}/none.jsonl: cannot be read (No such"),
+    "folder input": (["--input={files}"], "{files}: cannot be read (Is a directory)"),
+    "latin input": (["--input={files}/latin.jsonl"], "{files}/latin.jsonl: is not UTF-8 text"),
+    "blank": (["--input={files}/blank.jsonl"], "{files}/blank.jsonl: holds no prompts"),
+    "broken": (["--input={files}/broken.jsonl"], "{files}/broken.jsonl:3: not valid JSON"),
+    "nested": (["--input={files}/nested.jsonl"], "{files}/nested.jsonl:1: not valid JSON"),
+    "number": (["--input={files}/number.jsonl"], "{files}/number.jsonl:1: not valid JSON"),
+    "list": (["--input={files}/list.jsonl"], "{files}/list.jsonl:1: should hold an object"),
+    "wordless": (["--input={files}/wordless.jsonl"], "{files}/wordless.jsonl:1: prompt should be"),
+    "silent": (["--input={files}/silent.jsonl"], "{files}/silent.jsonl:1: needs prompt; has text"),
+    "chat as text": (["--input={files}/chats.jsonl"], "{files}/chats.jsonl:1: messages needs --ch"),
+    "two": (["--input={files}/both.jsonl", "--chat"], "{files}/both.jsonl:1: needs either prompt"),
+    "nobody": (["--input={files}/nobody.jsonl", "--chat"], "{files}/nobody.jsonl:1: messages[0]: "),
+    "toolbox": (["--input={files}/toolbox.jsonl", "--chat"], "{files}/toolbox.jsonl:1: tools[0]: "),
+    "half": (["--input={files}/half.jsonl"], "{files}/half.jsonl:1: text: character 0 is half"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(files, models, environment):
+    """(exit status, stdout, stderr) of each command line above."""
+    cases = {**WRITES, **{f"refuse {name}": given for name, (given, _) in REFUSES.items()}}
+    places = {"files": files, **models}
+    lines = []
+    for arguments in cases.values():
+        filled = [argument.format(**places) for argument in arguments]
+        has_model = any(argument.startswith("--model") for argument in filled)
+        lines.append(filled if has_model else [f"--model={models['good']}", *filled])
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=ROOT,
+        env=environment,
+        input=json.dumps(lines),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(cases, map(tuple, outcomes), strict=True))
+
+
+@pytest.fixture(scope="module")
+def written(results):
+    """The records of a case of `--output=json`."""
+
+    def records(name):
+        code, out, err = results[name]
+        assert (code, err) == (0, ""), err
+        return [json.loads(line) for line in out.split("\n")[:-1]]
+
+    return records
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    model, params = qwen_jax.load_pretrained(checkpoint)
+    tokenizer = qwen_jax.load_tokenizer(checkpoint)
+
+    def generate(prompts, max_new_tokens=DEFAULTS["max_new_tokens"], **options):
+        stop_ids = [tokenizer.eos_token_id]
+        return qwen_jax.generate(
+            model, params, prompts, max_new_tokens, stop_ids=stop_ids, **options
+        )
+
+    return tokenizer, generate
+
+
+def ids_of(records):
+    return [record["token_ids"] for record in records]
+
+
+def test_records_hold_what_the_package_generates(written, loaded):
+    """With the checkpoint's own sampling, the seed of the flag, and batches that do not show."""
+    tokenizer, generate = loaded
+    records = written("json")
+    prompts = ["the sea", "x", "Hello"]
+    expected = generate([tokenizer.encode(p) for p in prompts], temperature=0.8, top_k=30, seed=3)
+    assert ids_of(records) == expected
+    for record, prompt, ids in zip(records, prompts, expected, strict=True):
+        assert record == {
+            "prompt": prompt,
+            "text": tokenizer.decode(ids, skip_special_tokens=True),
+            "token_ids": ids,
+            "prompt_tokens": len(tokenizer.encode(prompt)),
+            "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length",
+        }
+
+
+def test_a_seed_reproduces(written):
+    assert written("json") == written("json again")
+    assert ids_of(written("json")) != ids_of(written("other seed"))
+
+
+def test_flags_override_the_checkpoint(written, loaded):
+    tokenizer, generate = loaded
+    prompts = [tokenizer.encode("the sea")]
+    assert ids_of(written("greedy")) == generate(prompts, 14)
+    assert ids_of(written("penalty")) == generate(prompts, 14, repetition_penalty=1.5)
+
+
+def test_rope_is_scaled_by_its_flag(written, checkpoint, loaded):
+    tokenizer, _ = loaded
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    model, params = qwen_jax.load_pretrained(checkpoint, rope_scaling=scaling)
+    expected = qwen_jax.generate(
+        model, params, [tokenizer.encode("the sea")], 14, stop_ids=[tokenizer.eos_token_id]
+    )
+    assert ids_of(written("yarn")) == expected != ids_of(written("greedy"))
+
+
+def test_lines_of_a_file_are_prompts_and_keep_their_fields(written):
+    first, second = written("input")
+    assert (first["prompt"], first["id"], second["prompt"]) == ("the\u2028end", 7, "x")
+    assert written("marked")[0]["prompt"] == "x"
+
+
+def test_lines_of_a_file_are_chats(written, loaded):
+    tokenizer, generate = loaded
+    user = [{"role": "user", "content": "Hi"}]
+    prompts = [
+        tokenizer.apply_chat_template(
+            messages, tools, add_generation_prompt=True, enable_thinking=False
+        )
+        for messages, tools in ((CHAT, None), (CHAT, TOOLS), (user, None))
+    ]
+    records = written("chats")
+    assert [record["prompt_tokens"] for record in records] == list(map(len, prompts))
+    assert ids_of(records) == generate(prompts, temperature=0.8, top_k=30)
+    assert records[1]["tools"] == TOOLS
+
+
+def test_a_prompt_with_chat_is_a_user_message(written, loaded):
+    tokenizer, generate = loaded
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert ids_of(written("system")) == generate([ids], temperature=0.8, top_k=30)
+
+
+def test_control_tokens_are_text_unless_allowed(written):
+    assert written("typed")[0]["prompt_tokens"] == len("a<|im_end|>b")
+    assert written("typed, allowed")[0]["prompt_tokens"] == 3
+
+
+def test_several_texts_are_numbered(results):
+    code, out, err = results["texts"]
+    assert (code, err) == (0, "")
+    assert [line for line in out.split("\n") if line.startswith("---")] == [
+        "--- 1 of 3",
+        "--- 2 of 3",
+        "--- 3 of 3",
+    ]
+
+
+def test_a_prompt_beyond_the_positions_runs_when_asked_for(results, written):
+    assert written("longer, scaled")[0]["prompt_tokens"] == 301
+    code, out, err = results["longer"]
+    assert (code, json.loads(out)["prompt_tokens"]) == (0, 301)
+    (line,) = err.splitlines()
+    assert line.startswith("warning: the text is longer than the model's 300 positions")
+
+
+def test_bfloat16_runs(written):
+    assert len(written("half")[0]["token_ids"]) == 9
+
+
+@pytest.mark.parametrize("name", REFUSES, ids=lambda name: name.replace(" ", "-"))
+def test_bad_input_is_refused_in_one_line(results, files, models, name):
+    code, out, err = results[f"refuse {name}"]
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    expected = REFUSES[name][1].format(files=files, **models)
+    assert line.startswith(expected)
+    assert len(line) < 400
+
+
+def test_one_prompt_streams_to_stdout_until_a_stop_string(checkpoint, environment, loaded):
+    tokenizer, generate = loaded
+    (ids,) = generate([tokenizer.encode("the sea")], 120)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    stop = text[60:63]
+    cut = text[: text.index(stop)]
+    assert len(cut) > 40
+    with start_tool(
+        environment, "generate", f"--model={checkpoint}", "--prompt=the sea", f"--stop={stop}",
+        "--temperature=0", "--max_new_tokens=120",
+    ) as child:  # fmt: skip
+        first = os.read(child.stdout.fileno(), 10_000)
+        rest, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert (first + rest).decode() == cut + "\n"
+    assert len(first) < len(rest)
+
+
+def test_a_reader_that_goes_away_is_no_error(checkpoint, environment):
+    with start_tool(
+        environment, "generate", f"--model={checkpoint}", "--prompt=the", "--temperature=0",
+        "--max_new_tokens=150",
+    ) as child:  # fmt: skip
+        os.read(child.stdout.fileno(), 1)
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 1
+
+
+def test_help_lists_every_flag(run_tool):
+    result = run_tool("generate", "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("Writes text with a checkpoint.")
+    assert "python -m tools.generate --model=" in result.stdout
+    defined = {
+        call.args[0].value
+        for name in ("generate", "text_flags")
+        for call in ast.walk(ast.parse((ROOT / "tools" / f"{name}.py").read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "").startswith("DEFINE_")
+    }
+    assert len(defined) > 20
+    for name in defined:
+        assert f"--{name}: " in result.stdout or f"--[no]{name}: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["--prompt=x"], {}, "--model is needed; see --help"),
+        (
+            ["--model={checkpoint}", "--prompt=x"],
+            {"JAX_PLATFORMS": "absent"},
+            "JAX_PLATFORMS=absent: Unable to initialize backend 'absent'",
+        ),
+    ],
+    ids=["no-model", "no-such-device"],
+)
+def test_a_process_that_cannot_run_says_why_in_one_line(
+    run_tool, checkpoint, arguments, changes, message
+):
+    filled = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    assert refusal(run_tool("generate", *filled, **changes)).startswith(message)

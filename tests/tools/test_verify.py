@@ -1,0 +1,55 @@
+"""`python -m tools.verify`: the verdict is the exit status."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.tools.conftest import refusal
+
+
+def test_a_good_checkpoint_passes_with_a_table(run_tool, checkpoint):
+    result = run_tool("verify", f"--model={checkpoint}", "--prompt=the sea")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["max", "|diff|", "scale", "relative"]
+    assert [" ".join(line.split()[:-3]) for line in lines[1:-1]] == [
+        "embeddings",
+        "layer 0",
+        "final norm",
+        "logits",
+    ]
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines[1:-1])
+    assert lines[-1] == "top-1 agreement 100.00%"
+
+
+def test_a_difference_beyond_the_tolerance_fails(run_tool, checkpoint):
+    result = run_tool("verify", f"--model={checkpoint}", "--tolerance=1e-12")
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 6
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{checkpoint}: ")
+    assert line.endswith("beyond --tolerance=1e-12")
+
+
+def test_without_the_reference_it_says_what_to_install(run_tool, checkpoint, tmp_path):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('No module named {name}')")
+    result = run_tool("verify", f"--model={checkpoint}", PYTHONPATH=str(tmp_path))
+    assert "pip install -r requirements-dev.txt" in refusal(result)
+
+
+def test_a_checkpoint_that_contradicts_itself_is_refused(run_tool, checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+    assert str(directory) in refusal(run_tool("verify", f"--model={directory}"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--tolerance=nan", "--tolerance=nan should be"), ("--seed=-1", "flag --seed=-1")],
+    ids=["tolerance", "seed"],
+)
+def test_bad_flags_are_refused_in_one_line(run_tool, checkpoint, argument, message):
+    assert refusal(run_tool("verify", f"--model={checkpoint}", argument)).startswith(message)
