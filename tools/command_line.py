@@ -59,7 +59,9 @@ def _parse(argv: list[str]) -> list[str]:
         module = sys.modules["__main__"]
         print((module.__doc__ or "").strip(), end="\n\n")
         for name in _flag_modules(argv[0]):
-            print(flags.FLAGS.module_help(name))
+            # absl calls the program by its path.
+            text = flags.FLAGS.module_help(name)
+            print(text.replace(f"{argv[0]}:", f"tools.{Path(argv[0]).stem}:", 1))
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)

@@ -117,9 +117,11 @@ def test_penalties_count_earlier_turns(narrow, tokenizer, runs):
     assert runs[-1][1] > 0
 
 
-def test_an_interrupt_leaves_the_conversation_as_it_was(narrow, tokenizer):
+def test_an_interrupt_leaves_the_conversation_as_it_was(narrow, tokenizer, runs):
+    """Also where the interrupted turn had room in the kept cache, which was then given away."""
     conversation = Conversation(*narrow, tokenizer)
-    check_turns(*narrow, conversation, SAYS[:2])
+    stop_id = fresh(*narrow, conversation.prompt_ids(SAYS[0]))[3]
+    conversation.reply(SAYS[0], 200, stop_ids=[stop_id])
     before = [*conversation.messages]
 
     def interrupt(text):
@@ -128,6 +130,7 @@ def test_an_interrupt_leaves_the_conversation_as_it_was(narrow, tokenizer):
     with pytest.raises(KeyboardInterrupt):
         conversation.reply("This is cut", NEW, stop_ids=[], on_text=interrupt)
     assert conversation.messages == before
+    assert runs[-1][1] > 0
     check_turns(*narrow, conversation, SAYS[2:4])
 
 
