@@ -92,9 +92,7 @@ def _device_trouble(error: Exception) -> str | None:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return _one_line(f"JAX_PLATFORMS={platforms}: {str(missing) or 'no such device here'}")
     if "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "out of memory on the device; run fewer or shorter texts at once"
-        )
+        return "out of memory on the device; run fewer or shorter texts at once"
     return None
 
 

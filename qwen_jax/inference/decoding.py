@@ -131,7 +131,7 @@ class TokenStream:
         ]
         for row, token in enumerate(step):
             if token == -1:
-                raise UserError(_not_numbers(row, self._given, self._dtype))
+                raise UserError(_not_numbers(self._given, self._dtype))
             if token in self._stop_ids:
                 self.stop(row)
         return step
@@ -313,8 +313,9 @@ def _read_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> np.nda
     return ids
 
 
-def _not_numbers(row: int, given: int, dtype: jnp.dtype) -> str:
+def _not_numbers(given: int, dtype: jnp.dtype) -> str:
+    wider = "" if dtype == jnp.float32 else ", or load it as float32"
     return (
-        f"prompt {row}: the logits of new token {given} are NaN or infinite in {dtype}; check the "
-        "weights for NaN, and try float32"
+        f"the logits of new token {given} are NaN or infinite in {dtype}; download the checkpoint "
+        f"again{wider}"
     )

@@ -16,11 +16,11 @@ _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32
 
 # What each option may be, for the check and for its message.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: x >= 0, "a number of at least 0"),
+    "temperature": (lambda x: x >= 0, "a finite number of at least 0"),
     "top_k": (lambda x: x >= 0 and isinstance(x, numbers.Integral), "an integer, 0 for off"),
     "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
-    "repetition_penalty": (lambda x: x > 0, "a number above 0"),
+    "repetition_penalty": (lambda x: x > 0, "a finite number above 0"),
     "presence_penalty": (lambda x: True, "a finite number"),
     "frequency_penalty": (lambda x: True, "a finite number"),
 }
