@@ -131,18 +131,11 @@ def _read_dynamic(options: Fields, theta: float, max_position_embeddings: int) -
 def _read_yarn(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
     """YaRN (arXiv 2309.00071) with the options of transformers, where 0 counts as not given."""
     original = options.take("original_max_position_embeddings", "integer")
-    if original is None:
-        original = max_position_embeddings
-        warnings.warn(
-            f"{options.source}: yarn without original_max_position_embeddings takes "
-            f"max_position_embeddings = {original}, as transformers does; the Qwen cards mean the "
-            "trained length, 32768",
-            stacklevel=2,
-        )
-    if original < 1:
-        raise options.refuse("original_max_position_embeddings", original, "at least 1 is needed")
+    trained = max_position_embeddings if original is None else original
+    if trained < 1:
+        raise options.refuse("original_max_position_embeddings", trained, "at least 1 is needed")
     if "factor" in options.values and options.values["factor"] is None:
-        factor = max_position_embeddings / original
+        factor = max_position_embeddings / trained
     else:
         factor = _read_factor(options)
     attention_factor = options.take("attention_factor", "number")
@@ -153,14 +146,27 @@ def _read_yarn(options: Fields, theta: float, max_position_embeddings: int) -> R
             attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
         else:
             attention_factor = _mscale(factor, 1.0)
+    betas = {}
+    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        betas[name] = float(options.take(name, "number") or default)
+        if betas[name] < 0:
+            raise options.refuse(name, betas[name], "a positive number is needed")
+    if theta <= 1:
+        raise options.refuse("rope_theta", theta, "yarn needs a base above 1")
+    if original is None:
+        warnings.warn(
+            f"{options.source}: yarn without original_max_position_embeddings takes "
+            f"max_position_embeddings = {trained}, as transformers does; the Qwen cards mean the "
+            "trained length, 32768",
+            stacklevel=2,
+        )
     return RopeSpec(
         theta=theta,
         kind=RopeKind.YARN,
         factor=factor,
-        original_max_position_embeddings=original,
+        original_max_position_embeddings=trained,
         attention_factor=float(attention_factor),
-        beta_fast=float(options.take("beta_fast", "number") or 32.0),
-        beta_slow=float(options.take("beta_slow", "number") or 1.0),
+        **betas,
         # transformers takes null for false here.
         truncate=options.take("truncate", "boolean", "truncate" not in options.values),
     )

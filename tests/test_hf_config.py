@@ -525,6 +525,8 @@ REFUSED = [
             ({"rope_type": "default", "mrope_section": [16, 24, 24]},
              ["mrope_section = [16, 24, 24]"]),
             ({"rope_type": "default", "factor": 4.0}, ["factor = 4.0", "default"]),
+            ({**YARN, "beta_fast": -1}, ["beta_fast = -1", "positive"]),
+            ({**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 0}, ["at least 1"]),
             ({"rope_type": "linear"}, ["factor is missing"]),
             ({"rope_type": "linear", "factor": None}, ["factor is missing"]),
             ({"rope_type": "linear", "factor": 0}, ["factor = 0.0", "positive"]),
