@@ -110,6 +110,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim = {self.head_dim} is odd, and rotation pairs its channels")
+        if self.head_dim == 2 and self.rope.kind is RopeKind.DYNAMIC:
+            raise UserError("head_dim = 2 has one frequency, which dynamic RoPE cannot stretch")
+        if self.rms_norm_eps < 0:
+            raise UserError(f"rms_norm_eps = {self.rms_norm_eps} must not be negative")
         sliding = LayerKind.SLIDING_ATTENTION in self.layer_types
         if sliding and (self.sliding_window is None or self.sliding_window < 1):
             raise UserError(

@@ -3,7 +3,8 @@
 Reading follows transformers: the same defaults for absent fields, both layouts of the rotary
 settings (`rope_theta` + `rope_scaling`, and `rope_parameters`) and of the dtype (`torch_dtype` and
 `dtype`). A field that could change the forward pass is honoured or refused by name; bookkeeping is
-listed in `_INERT`, and a field on no list is refused too, since nobody can tell what it does.
+listed in `_INERT`, and a field on no list is refused too unless it is null or empty, since nobody
+can tell what it does.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_rope import read_rope, read_rope_parameters, write_rope_scaling
-from qwen_jax.json_fields import Fields, disagreement, read_json, shown
+from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,7 +26,7 @@ _INERT = frozenset(
     begin_suppress_tokens bad_words_ids chunk_size_feed_forward decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size attention_dropout
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label label2id length_penalty max_length min_length
+    gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
@@ -44,6 +45,8 @@ _ONLY = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "mlp_bias": False,
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
     "partial_rotary_factor": 1.0,
     "use_mrope": False,
 }
@@ -62,10 +65,7 @@ def load_config(directory: Path) -> ModelConfig:
       UserError: absent or broken file, unknown `model_type`, or a field that is not honoured.
     """
     path = Path(directory) / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds a {type(raw).__name__}")
-    return read_hf_config(raw, str(path))
+    return read_hf_config(read_json_object(path), str(path))
 
 
 def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
@@ -98,8 +98,8 @@ def _refuse_leftovers(fields: Fields) -> None:
             if value != _ONLY[name] and (value is not None or name == "is_causal"):
                 raise fields.refuse(name, value, f"only {shown(_ONLY[name])} is")
             continue
-        # Null, false and empty are how every framework spells "not in use".
-        if name in _INERT or value in (None, False, [], {}, ""):
+        # Null and empty ask for nothing; false may ask for a mechanism to be left out.
+        if name in _INERT or value in (None, [], {}, ""):
             continue
         why = "it may change the logits; remove the field if you know that it does not"
         raise fields.refuse(name, value, _WHY_REFUSED.get(name, why))
@@ -116,6 +116,8 @@ def _read_dense(fields: Fields, family: str) -> ModelConfig:
     hidden_size = fields.require("hidden_size", "integer")
     num_heads = fields.require("num_attention_heads", "integer")
     num_layers = fields.require("num_hidden_layers", "integer")
+    if num_layers < 1:
+        raise fields.refuse("num_hidden_layers", num_layers, "at least 1 is needed")
     default_kv_heads = num_heads if "num_key_value_heads" in fields.values else 32
     num_kv_heads = fields.take("num_key_value_heads", "integer", default_kv_heads)
     head_dim = fields.take("head_dim", "integer")

@@ -210,22 +210,29 @@ def parse_rope_flag(text: str) -> dict[str, Any] | None:
         return {"rope_type": RopeKind.DEFAULT.value}
     head, *rest = text.split(",")
     kind, _, factor = head.partition(":")
-    pairs = {"rope_type": kind, **({"factor": factor} if factor else {})}
+    if kind not in tuple(RopeKind):
+        raise UserError(f"--rope={text}: kind {kind!r} is unknown; known: {', '.join(RopeKind)}")
+    parameters: dict[str, Any] = {"rope_type": kind}
+    if factor:
+        parameters["factor"] = _parsed(factor)
     for option in rest:
         name, equals, value = option.partition("=")
+        name = "original_max_position_embeddings" if name == "original" else name
         if not equals:
             raise UserError(f"--rope={text}: {option!r} should be option=value")
-        name = "original_max_position_embeddings" if name == "original" else name
-        pairs[name] = value
-    return {name: value if name == "rope_type" else _parsed(value) for name, value in pairs.items()}
+        if name in parameters:
+            raise UserError(f"--rope={text}: {name} is given twice; keep one")
+        parameters[name] = _parsed(value)
+    return parameters
 
 
 def _parsed(value: str) -> Any:
-    # What JSON cannot read stays text, and the reader of the option refuses it by name.
+    # What is no number or boolean stays text, and the reader of the option refuses it by name.
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
         return value
+    return parsed if isinstance(parsed, int | float) else value
 
 
 def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:

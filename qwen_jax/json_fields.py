@@ -29,7 +29,7 @@ class Fields:
         """Like `take`, for a field without which there is no model."""
         value = self.take(name, kind)
         if value is None:
-            raise UserError(f"{self.source}: {name} is missing; a {kind} is needed")
+            raise UserError(f"{self.source}: {name} is missing and needed, as {kind}")
         return value
 
     def refuse(self, name: str, value: Any, why: str) -> UserError:
@@ -84,3 +84,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      UserError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}")
+    return value

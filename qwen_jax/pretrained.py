@@ -12,7 +12,7 @@ from qwen_jax.checkpoint.loading import load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
-from qwen_jax.json_fields import read_json
+from qwen_jax.json_fields import read_json_object
 from qwen_jax.models.decoder import Decoder
 
 
@@ -67,7 +67,7 @@ def load_tokenizer(source: str | Path) -> text.Tokenizer:
     tokenizer = text.load_tokenizer(directory)
     config = directory / "config.json"
     if config.is_file():
-        vocab_size = read_json(config).get("vocab_size")
+        vocab_size = read_json_object(config).get("vocab_size")
         if isinstance(vocab_size, int):
             text.check_vocabulary_fits(tokenizer, vocab_size)
     return tokenizer

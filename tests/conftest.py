@@ -1,6 +1,6 @@
 import os
 
-# Before anything imports JAX: CPU, and as many virtual devices as a sharding test may want.
+# Before anything imports JAX, which looks for accelerators once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path

@@ -570,10 +570,17 @@ def test_refusals_start_from_files_that_are_accepted():
         read_hf_config(published(name))
 
 
-@pytest.mark.parametrize("value", [None, False, [], {}, "", 0])
-def test_unknown_field_that_is_not_in_use_is_accepted(value):
+@pytest.mark.parametrize("value", [None, [], {}, ""])
+def test_unknown_field_that_asks_for_nothing_is_accepted(value):
     raw = published("Qwen3-0.6B")
     assert read_hf_config(raw | {"sparkle": value}) == read_hf_config(raw)
+
+
+@pytest.mark.parametrize("name", ["qk_norm", "use_qk_norm", "scale_embeddings"])
+@pytest.mark.parametrize("value", [False, 0])
+def test_unknown_field_that_may_leave_a_mechanism_out_is_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} = "):
+        read_hf_config(published("Qwen3-0.6B") | {name: value})
 
 
 @pytest.mark.parametrize(

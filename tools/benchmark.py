@@ -5,7 +5,7 @@
 
 A preset's name stands for random weights of its shape, written by transformers in bfloat16 into
 --workdir. Everything runs in float32. Medians are printed with the lowest and the highest figure,
-and results.jsonl gets every measurement. Needs requirements-dev.txt.
+and results.jsonl gets every measurement with what it was made with. Needs requirements-dev.txt.
 """
 
 import json
@@ -15,13 +15,17 @@ from pathlib import Path
 import tqdm
 from absl import flags
 
-from configs.models import PRESETS
+from configs.models import get_preset
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
+from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.benchmark.throughput import measure_throughput
 from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.checkpoint.writer import new_directory
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import load_config, write_hf_config
+from qwen_jax.reference import import_reference
 from tools import command_line
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint or preset.", required=True)
@@ -29,13 +33,25 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=Tr
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "Tokens to prefill.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("decode_tokens", 16, "Tokens to decode.", 1, 128)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each figure.", lower_bound=1)
+_FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS)
 
 
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
     workdir = Path(_WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    directory = _checkpoint(workdir)
+    preset = get_preset(_MODEL.value) if _is_bare_name(_MODEL.value) else None
+    directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
+    results = workdir / "results.jsonl"
+    try:
+        # Before the minutes of measuring.
+        workdir.mkdir(parents=True, exist_ok=True)
+        results.open("a").close()
+    except OSError as error:
+        message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
+        raise UserError(message) from None
+    import_reference()
+    if preset is not None and not (directory / "config.json").is_file():
+        _write_random_checkpoint(preset, directory)
     config = load_config(directory)
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for _ in tqdm.trange(_REPEATS.value, desc="loading", disable=None):
@@ -53,32 +69,34 @@ def main() -> None:
     for name, speed in speeds.items():
         figures[name][f"prefill of {_PROMPT.value}, tokens/s"] = speed["prefill"]
         figures[name][f"decode after {_PROMPT.value}, tokens/s"] = speed["decode"]
-    with (workdir / "results.jsonl").open("a", encoding="utf-8") as file:
+    flag_values = {flag.name: flag.value for flag in _FLAGS}
+    origin = provenance("float32", flag_values)
+    with results.open("a", encoding="utf-8") as file:
         for name, measured in figures.items():
             for what, values in measured.items():
                 record = {"model": _MODEL.value, "engine": name, "what": what, "values": values}
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({**record, **origin}) + "\n")
     _print_table(figures)
 
 
-def _checkpoint(workdir: Path) -> Path:
-    config = PRESETS.get(_MODEL.value)
-    if config is None:
-        return resolve_source(_MODEL.value)
-    directory = workdir / _MODEL.value
-    if not (directory / "config.json").is_file():
-        try:
-            import torch
-            import transformers
-        except ImportError:
-            raise UserError("random weights need pip install -r requirements-dev.txt") from None
-        transformers.utils.logging.disable_progress_bar()
-        fields = write_hf_config(config)
-        reference = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(reference, dtype=torch.bfloat16)
-        model.save_pretrained(directory)
-    return directory
+def _is_bare_name(model: str) -> bool:
+    """Whether only a preset can be meant; a path and a hub id are resolve_source's to judge."""
+    if not model or "/" in model or model.startswith((".", "~")):
+        return False
+    try:
+        return not Path(model).exists()
+    except OSError:  # Not a name that a file could have.
+        return False
+
+
+def _write_random_checkpoint(config: ModelConfig, directory: Path) -> None:
+    torch, transformers = import_reference()
+    fields = write_hf_config(config)
+    reference = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(reference, dtype=torch.bfloat16)
+    with new_directory(directory) as partial:
+        model.save_pretrained(partial)
 
 
 def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:

@@ -76,9 +76,18 @@ def _print_completion(
             "prompt_tokens": len(prompt),
             "finish_reason": completion.finish_reason,
         }
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(_as_json(record), flush=True)
     else:
         print(f"--- {i + 1} of {total}\n{completion.text}", flush=True)
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Half of a surrogate pair in a field of the input line.
+        return json.dumps(record)
+    return text
 
 
 def _read_requests() -> list[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ from absl import flags
 import qwen_jax
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
+from qwen_jax.hf_config import DTYPES
 from qwen_jax.hf_rope import parse_rope_flag
 from qwen_jax.inference.defaults import load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
@@ -17,8 +18,8 @@ from qwen_jax.text import StopStrings, Tokenizer
 MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
 )
-DTYPE = flags.DEFINE_string(
-    "dtype", None, "float32, bfloat16 or float16; float32 on CPU, else the checkpoint's."
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, DTYPES, "Of the parameters; float32 on CPU, else the checkpoint's."
 )
 ROPE = flags.DEFINE_string(
     "rope", "", "none, or KIND[:FACTOR][,option=value...], e.g. yarn:4,original=32768."

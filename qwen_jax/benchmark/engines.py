@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen_jax
-from qwen_jax.errors import UserError
 from qwen_jax.nn.cache import init_cache
+from qwen_jax.reference import import_reference, load_reference
 
 
 class Engine(Protocol):
@@ -19,11 +19,11 @@ class Engine(Protocol):
     def forward(self, ids: np.ndarray) -> None:
         """Logits of every position of `ids` [B, T], waited for."""
 
-    def prefill(self, ids: np.ndarray) -> None:
-        """Runs `ids` into a new cache and chooses a next token, waited for."""
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Runs `ids` [B, T] into a new cache; the likeliest next token [B, 1]."""
 
-    def decode(self, steps: int) -> None:
-        """Chooses `steps` tokens after those of the last `prefill`, waited for."""
+    def decode(self, steps: int) -> np.ndarray:
+        """The likeliest `steps` tokens [B, steps] after the one that was chosen last."""
 
 
 class Ours:
@@ -42,46 +42,42 @@ class Ours:
     def forward(self, ids: np.ndarray) -> None:
         self._model.apply(self._variables, ids).logits.block_until_ready()
 
-    def prefill(self, ids: np.ndarray, room: int = 128) -> None:
+    def prefill(self, ids: np.ndarray, room: int = 128) -> np.ndarray:
         cache = init_cache(self._model.config, len(ids), ids.shape[1] + room, jnp.float32)
         self._cache, self._token = self._step(self._variables, ids, cache)
-        self._token.block_until_ready()
+        return np.asarray(self._token)
 
-    def decode(self, steps: int) -> None:
+    def decode(self, steps: int) -> np.ndarray:
+        tokens = []
         for _ in range(steps):
             self._cache, self._token = self._step(self._variables, self._token, self._cache)
-        self._token.block_until_ready()
+            tokens.append(self._token)
+        # Read at the end only, so that one step is dispatched while another runs.
+        return np.concatenate(jax.device_get(tokens), axis=1)
 
 
 class Transformers:
     """The PyTorch reference, with its default attention."""
 
     def __init__(self, directory: Path):
-        try:
-            import torch
-            import transformers
-        except ImportError:
-            raise UserError(
-                "the peer is not installed; pip install -r requirements-dev.txt"
-            ) from None
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self._torch = torch
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32
-        ).eval()
+        self._torch, _ = import_reference()
+        self._model = load_reference(directory)
 
     def forward(self, ids: np.ndarray) -> None:
         with self._torch.inference_mode():
             self._model(self._torch.as_tensor(ids), use_cache=False)
 
-    def prefill(self, ids: np.ndarray) -> None:
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
         self._cache = None
         self._run(self._torch.as_tensor(ids))
+        return self._token.numpy()
 
-    def decode(self, steps: int) -> None:
+    def decode(self, steps: int) -> np.ndarray:
+        tokens = []
         for _ in range(steps):
             self._run(self._token)
+            tokens.append(self._token)
+        return self._torch.cat(tokens, dim=1).numpy()
 
     def _run(self, ids: Any) -> None:
         with self._torch.inference_mode():

@@ -3,6 +3,7 @@
 Run as a module, `python -m qwen_jax.benchmark.loading ENGINE DIRECTORY` prints one measurement.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.errors import UserError
+from qwen_jax.reference import import_reference
 
 _POLL_S = 0.002
 
@@ -55,14 +57,7 @@ def measure_load(engine: str, directory: Path) -> LoadMeasurement:
 
 
 def _measure(engine: str, directory: Path) -> LoadMeasurement:
-    if engine == "transformers":
-        import torch
-        import transformers
-
-        torch.zeros(1)
-        del transformers
-    else:
-        jax.numpy.zeros(1).block_until_ready()
+    _start_runtime(engine, directory)
     peak = start = anonymous_memory()
     done = threading.Event()
 
@@ -74,13 +69,28 @@ def _measure(engine: str, directory: Path) -> LoadMeasurement:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.perf_counter()
-    loaded = ENGINES[engine](directory)
-    load_s = time.perf_counter() - begin
-    done.set()
-    watcher.join()
+    try:
+        loaded = ENGINES[engine](directory)
+        load_s = time.perf_counter() - begin
+    finally:  # Or the watcher would keep a failed process alive.
+        done.set()
+        watcher.join()
     begin = time.perf_counter()
     loaded.forward(np.arange(64)[None])
     return LoadMeasurement(load_s, time.perf_counter() - begin, peak - start)
+
+
+def _start_runtime(engine: str, directory: Path) -> None:
+    """Everything that a program does once, whatever it loads: imports, devices, threads."""
+    if engine != "transformers":
+        jax.numpy.zeros(1).block_until_ready()
+        return
+    torch, transformers = import_reference()
+    torch.zeros(1)
+    # The modules of a model and of its loading are imported on first use.
+    with contextlib.suppress(Exception):  # The load itself says better what is wrong.
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _ = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def anonymous_memory() -> int:
@@ -92,4 +102,7 @@ def anonymous_memory() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(_measure(sys.argv[1], Path(sys.argv[2])))))
+    try:
+        print(json.dumps(dataclasses.asdict(_measure(sys.argv[1], Path(sys.argv[2])))))
+    except UserError as error:
+        sys.exit(str(error))

@@ -23,7 +23,7 @@ from qwen_jax.checkpoint.writer import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config
-from qwen_jax.json_fields import read_json
+from qwen_jax.json_fields import read_json_object
 
 Format = Literal["hf", "orbax"]
 
@@ -107,6 +107,6 @@ def _write_config(source: Path, target: Path, dtype: str | None) -> None:
     if dtype is None:
         shutil.copyfile(source / "config.json", target / "config.json")
         return
-    raw = read_json(source / "config.json")
+    raw = read_json_object(source / "config.json")
     spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
     write_json(target / "config.json", {**raw, **dict.fromkeys(spellings, dtype)})

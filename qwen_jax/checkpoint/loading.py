@@ -76,6 +76,8 @@ def open_model(config: ModelConfig, directory: Path) -> dict[names.Path, StoredT
       UserError: unknown, missing, duplicate or misshapen tensors, broken files.
     """
     if is_orbax(directory):
+        if any(directory.glob("*.safetensors")):
+            raise UserError(f"{directory}: holds Orbax params and safetensors; keep one of them")
         return open_orbax(config, directory)
     stored = open_checkpoint(directory)
     table = _match_tensors(config, directory, stored)

@@ -90,7 +90,7 @@ def save_pretrained(
     Raises:
       UserError: `target` exists, or cannot be written; `params` are not those of `config`.
     """
-    target = Path(target)
+    target = Path(target).expanduser()
     check_vacant(target)
     check_tree(config, params, "params")
     dtype = jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(params)})

@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qwen_jax.checkpoint.orbax_format import is_orbax
 from qwen_jax.errors import UserError
 from qwen_jax.pretrained import load_pretrained
+from qwen_jax.reference import import_reference, load_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,13 @@ def compare_with_reference(directory: Path, input_ids: np.ndarray) -> Parity:
     """Runs `input_ids` [B, T] through both in float32, one after the other.
 
     Raises:
-      UserError: torch and transformers are not installed, or the directory cannot be loaded.
+      UserError: torch and transformers are not installed, or one side cannot load the directory.
     """
+    if is_orbax(directory):
+        raise UserError(
+            f"{directory}: transformers does not read Orbax's format; convert it first with "
+            "python -m tools.convert --format=hf"
+        )
     # Ours first: it says in one line what is wrong with a directory.
     states, logits = _run_ours(directory, input_ids)
     expected_states, expected_logits = _run_transformers(directory, input_ids)
@@ -82,20 +89,10 @@ def _run_transformers(
     directory: Path, input_ids: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Hidden states as transformers counts them, and logits."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise UserError(
-            "the reference is not installed; pip install -r requirements-dev.txt"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    )
+    torch, _ = import_reference()
+    model = load_reference(directory, attn_implementation="eager")
     with torch.no_grad():
-        out = model.eval()(torch.as_tensor(input_ids), use_cache=False, output_hidden_states=True)
+        out = model(torch.as_tensor(input_ids), use_cache=False, output_hidden_states=True)
     states = [state.numpy() for state in out.hidden_states]
     logits = out.logits.numpy()
     del model, out

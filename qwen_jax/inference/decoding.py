@@ -6,7 +6,6 @@ number of compiled programs stays small whatever the texts.
 
 import functools
 import numbers
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,8 +16,15 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.inference.sampling import SamplingOptions, Seen, choose, count, init_seen
-from qwen_jax.models.decoder import Decoder
+from qwen_jax.inference.sampling import (
+    SamplingOptions,
+    SamplingRule,
+    Seen,
+    choose,
+    count,
+    init_seen,
+)
+from qwen_jax.models.decoder import Decoder, warn_if_longer
 from qwen_jax.nn.cache import Cache, grow_cache, init_cache
 
 # Slots that a cache gets for new tokens at first; it doubles when they are used up, so that a
@@ -94,12 +100,14 @@ class TokenStream:
           UserError: an empty prompt, an id outside the vocabulary, no tokens to generate.
         """
         self._model, self._params = model, params
-        self._options = options or SamplingOptions()
+        self._rule = (options or SamplingOptions()).rule()
         config = model.config
         _check_integer("max_new_tokens", max_new_tokens, 1, None)
         _check_integer("seed", seed, 0, 2**32 - 1)
         self._prompts = [_read_prompt(config, row, prompt) for row, prompt in enumerate(prompts)]
         self._stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
+        for stop_id in self._stop_ids:
+            _check_integer("stop id", stop_id, 0, None)
         self._max_new_tokens = max_new_tokens
         self._seed, self._first_row = seed, first_row
         self._active = [True] * len(self._prompts)
@@ -122,7 +130,7 @@ class TokenStream:
             self._state = self._prefill()
         else:
             self._make_room()
-            self._state = _decode_step(self._model, self._params, self._state, self._options)
+            self._state = _decode_step(self._model, self._params, self._state, self._rule)
             self._used += 1
         self._given += 1
         tokens = np.asarray(self._state.tokens).tolist()
@@ -177,7 +185,7 @@ class TokenStream:
         self._start_cache = None
         positions = np.where(mask, past[:, None] + columns, 0)
         rows = self._first_row + np.arange(B)
-        _warn_if_longer(config, int((past + lengths).max()))
+        warn_if_longer(config, int((past + lengths).max()))
         return _prefill(
             self._model,
             self._params,
@@ -187,12 +195,12 @@ class TokenStream:
             positions,
             np.uint32(self._seed),
             rows,
-            self._options,
+            self._rule,
         )
 
     def _make_room(self) -> None:
         """A slot for the token about to enter the cache."""
-        _warn_if_longer(self._model.config, self._used + 1)
+        warn_if_longer(self._model.config, self._used + 1)
         if self._used < self._state.cache.capacity and not self._is_tight:
             return
         self._is_tight = False
@@ -248,44 +256,30 @@ def generate(
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="cache")
-def _prefill(model, params, cache, ids, mask, positions, seed, rows, options) -> DecodeState:
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _prefill(model, params, cache, ids, mask, positions, seed, rows, rule) -> DecodeState:
     out = model.apply({"params": params}, ids, mask, positions, cache, "last")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     seen = None
-    if options.penalises:
+    if rule.penalises:
         # The cache's tokens, not this call's alone: a chat's earlier turns are in its prompt too.
         filled = jnp.arange(out.cache.capacity) < out.cache.lengths[:, None]
         seen = init_seen(out.cache.ids, filled, model.config.vocab_size)
     state = DecodeState(out.cache, ids[:, 0], keys, jnp.zeros((), jnp.int32), seen)
-    return _chosen(state, out.logits[:, 0], options)
+    return _chosen(state, out.logits[:, 0], rule)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="state")
-def _decode_step(model, params, state, options) -> DecodeState:
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _decode_step(model, params, state, rule) -> DecodeState:
     out = model.apply({"params": params}, state.tokens[:, None], cache=state.cache)
-    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], options)
+    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], rule)
 
 
-def _chosen(state: DecodeState, logits: jax.Array, options: SamplingOptions) -> DecodeState:
+def _chosen(state: DecodeState, logits: jax.Array, rule: SamplingRule) -> DecodeState:
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    tokens = choose(logits, state.seen, keys, options)
+    tokens = choose(logits, state.seen, keys, rule)
     seen = None if state.seen is None else count(state.seen, tokens)
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
-
-
-def _warn_if_longer(config: ModelConfig, length: int) -> None:
-    if config.exceeds_positions(length):
-        _warn_once(config.max_position_embeddings)
-
-
-@functools.cache
-def _warn_once(limit: int) -> None:
-    warnings.warn(
-        f"the text is longer than the model's {limit} positions (max_position_embeddings) and "
-        "RoPE is not scaled: expect the output to degrade",
-        stacklevel=2,
-    )
 
 
 def _check_integer(name: str, value: int, least: int, most: int | None) -> None:

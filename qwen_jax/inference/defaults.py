@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.inference.sampling import SamplingOptions
-from qwen_jax.json_fields import Fields, read_json
+from qwen_jax.json_fields import Fields, read_json_object
 
 # Identity, and settings of other decoders' caches and batches; none changes the text.
 _INERT = frozenset(
@@ -50,10 +50,7 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     path = Path(directory) / "generation_config.json"
     if not path.is_file():
         return GenerationDefaults()
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds a {type(raw).__name__}")
-    fields = Fields(raw, str(path))
+    fields = Fields(read_json_object(path), str(path))
     eos = fields.take("eos_token_id", "integer or list of integers")
     defaults = GenerationDefaults(
         options=_read_options(fields),
@@ -64,22 +61,25 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         raise fields.refuse("max_new_tokens", defaults.max_new_tokens, "at least 1 is needed")
     for name, value in fields.values.items():
         if not (name in _INERT or value in (None, False, [], {}, 0) or value == _OFF.get(name)):
-            raise fields.refuse(name, value, "remove it, or give the sampling flags you want")
+            raise fields.refuse(name, value, "remove it from the file to go without")
     return defaults
 
 
 def _read_options(fields: Fields) -> SamplingOptions:
-    sampled: dict[str, Any] = {
+    options: dict[str, Any] = {
         "temperature": fields.take("temperature", "number", 1.0),
         # transformers samples from 50 tokens unless the file says otherwise.
         "top_k": fields.take("top_k", "integer", 50),
         "top_p": fields.take("top_p", "number", 1.0),
         "min_p": fields.take("min_p", "number", 0.0),
+        "repetition_penalty": fields.take("repetition_penalty", "number", 1.0),
+        "presence_penalty": fields.take("presence_penalty", "number", 0.0),
+        "frequency_penalty": fields.take("frequency_penalty", "number", 0.0),
     }
-    penalties = {"repetition_penalty": fields.take("repetition_penalty", "number", 1.0)}
     if not fields.take("do_sample", "boolean", False):
-        sampled = {}
+        # The filters stay, for whoever asks for another temperature.
+        options["temperature"] = 0.0
     try:
-        return SamplingOptions(**sampled, **penalties)
+        return SamplingOptions(**options)
     except UserError as error:
         raise UserError(f"{fields.source}: {error}") from None

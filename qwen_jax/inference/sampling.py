@@ -1,7 +1,6 @@
 """From logits to the next token."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 
@@ -69,14 +68,44 @@ class SamplingOptions:
         """Whether the most likely token is taken."""
         return self.temperature == 0
 
-    @property
-    def penalises(self) -> bool:
-        """Whether the choice depends on the tokens before it."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
+    def rule(self) -> "SamplingRule":
+        """These options for a compiled program."""
+        return SamplingRule(
+            temperature=np.float32(max(self.temperature, _SMALLEST)),
+            top_p=np.float32(self.top_p),
+            min_p=np.float32(max(self.min_p, _SMALLEST)),
+            repetition_penalty=np.float32(self.repetition_penalty),
+            presence_penalty=np.float32(self.presence_penalty),
+            frequency_penalty=np.float32(self.frequency_penalty),
+            top_k=int(self.top_k),
+            greedy=bool(self.greedy),
+            has_top_p=bool(self.top_p < 1.0),
+            has_min_p=bool(self.min_p > 0.0),
+            penalises=bool(
+                self.repetition_penalty != 1.0
+                or self.presence_penalty != 0.0
+                or self.frequency_penalty != 0.0
+            ),
         )
+
+
+@flax.struct.dataclass
+class SamplingRule:
+    """`SamplingOptions` as a pytree: numbers are traced, so that another temperature compiles
+    nothing; which steps there are is static.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    top_k: int = flax.struct.field(pytree_node=False)
+    greedy: bool = flax.struct.field(pytree_node=False)
+    has_top_p: bool = flax.struct.field(pytree_node=False)
+    has_min_p: bool = flax.struct.field(pytree_node=False)
+    penalises: bool = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -109,21 +138,21 @@ def count(seen: Seen, tokens: jax.Array) -> Seen:
     return seen.replace(counts=seen.counts.at[rows, tokens].add(1))
 
 
-def penalise(logits: jax.Array, seen: Seen, options: SamplingOptions) -> jax.Array:
-    """Logits [B, V] with the penalties of `options`."""
+def penalise(logits: jax.Array, seen: Seen, rule: SamplingRule) -> jax.Array:
+    """Logits [B, V] with the penalties of `rule`."""
     repeated = seen.in_prompt | (seen.counts > 0)
-    factor = options.repetition_penalty
+    factor = rule.repetition_penalty
     logits = jnp.where(repeated, jnp.where(logits < 0, logits * factor, logits / factor), logits)
-    logits = logits - options.presence_penalty * (seen.counts > 0)
-    return logits - options.frequency_penalty * seen.counts
+    logits = logits - rule.presence_penalty * (seen.counts > 0)
+    return logits - rule.frequency_penalty * seen.counts
 
 
-def candidates(logits: jax.Array, options: SamplingOptions) -> tuple[jax.Array, jax.Array | None]:
+def candidates(logits: jax.Array, rule: SamplingRule) -> tuple[jax.Array, jax.Array | None]:
     """The tokens that may be drawn.
 
     Args:
       logits: float32 [B, V], penalties applied.
-      options: temperature above 0.
+      rule: not greedy.
 
     Returns:
       Logits [B, C] at temperature 1, the best of the row 0 and -inf where a token is filtered out,
@@ -132,43 +161,41 @@ def candidates(logits: jax.Array, options: SamplingOptions) -> tuple[jax.Array, 
     """
     # Measured from the best one, so that no temperature is low enough to make it infinite.
     logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = logits / max(options.temperature, _SMALLEST)
-    if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
+    logits = logits / rule.temperature
+    if not (rule.top_k or rule.has_top_p or rule.has_min_p):
         return logits, None
     V = logits.shape[-1]
-    logits, ids = jax.lax.top_k(logits, min(options.top_k or V, V))
-    if options.top_p < 1.0:
+    logits, ids = jax.lax.top_k(logits, min(rule.top_k or V, V))
+    if rule.has_top_p:
         probabilities = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The most likely token always stays: nothing comes before it.
-        logits = jnp.where(before < options.top_p, logits, -jnp.inf)
-    if options.min_p > 0.0:
-        floor = logits[:, :1] + math.log(options.min_p)
+        logits = jnp.where(before < rule.top_p, logits, -jnp.inf)
+    if rule.has_min_p:
+        floor = logits[:, :1] + jnp.log(rule.min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
     return logits, ids
 
 
-def choose(
-    logits: jax.Array, seen: Seen | None, keys: jax.Array, options: SamplingOptions
-) -> jax.Array:
+def choose(logits: jax.Array, seen: Seen | None, keys: jax.Array, rule: SamplingRule) -> jax.Array:
     """The next token of each row.
 
     Args:
       logits: float32 [B, V].
       seen: for penalties; None when there are none.
       keys: [B] random keys; unused when greedy.
-      options: how to choose.
+      rule: how to choose.
 
     Returns:
       int32 [B]; -1 in a row whose logits hold NaN or an infinite maximum, so that none is best.
     """
     broken = ~jnp.isfinite(logits.max(axis=-1))
     if seen is not None:
-        logits = penalise(logits, seen, options)
-    if options.greedy:
+        logits = penalise(logits, seen, rule)
+    if rule.greedy:
         chosen = jnp.argmax(logits, axis=-1)
     else:
-        logits, ids = candidates(logits, options)
+        logits, ids = candidates(logits, rule)
         chosen = jax.vmap(jax.random.categorical)(keys, logits)
         if ids is not None:
             chosen = jnp.take_along_axis(ids, chosen[:, None], axis=1)[:, 0]

@@ -1,6 +1,7 @@
 """The decoder-only language model: embedding, layers, final norm, output head."""
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -97,15 +98,23 @@ class Decoder(nn.Module):
           attention_mask: [B, T], 1 for real tokens, padding on either side; None for all real.
           positions: int [B, T]; None means 0..T-1, or with a cache what follows its positions,
             padding counted.
-          cache: the tokens before these; `nn.cache.init_cache` makes an empty one. Tokens past
-            its capacity are lost: `grow_cache` first.
+          cache: the tokens before these; `nn.cache.init_cache` makes an empty one. `grow_cache`
+            before it is full: a row with more tokens than slots gets NaN for logits.
           logits_at: "all", "last" (each row's last real token), or int [P] or [B, P] indices
-            into the T tokens of this call.
+            into the T tokens of this call. A string is static under `jit`.
+
+        Raises:
+          ValueError: arguments of another shape than these.
         """
         config = self.config
         ids = jnp.asarray(input_ids, jnp.int32)
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids has {ids.ndim} axes; give token ids [batch, length]")
+        if positions is not None:
+            positions = jnp.asarray(positions, jnp.int32)
         mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
         if cache is None:
+            warn_if_longer(config, ids.shape[1])
             tokens = _place(config, ids, mask, positions)
             layers = (None,) * config.num_hidden_layers
         else:
@@ -117,8 +126,13 @@ class Decoder(nn.Module):
         hidden_states, layers = self._run_layers(x, tokens, layers)
         x = self.norm(hidden_states[-1])
         head = self.embed_tokens() if config.tie_word_embeddings else self.lm_head()
+        logits = _compiled_linear(_select(x, logits_at, mask), head, out_dtype=jnp.float32)
+        if cache is not None:
+            # A row that has outgrown its cache has lost tokens: better no numbers than wrong ones.
+            fits = cache_after.lengths <= cache_after.capacity
+            logits = jnp.where(fits[:, None, None], logits, jnp.nan)
         return DecoderOutput(
-            logits=_compiled_linear(_select(x, logits_at, mask), head, out_dtype=jnp.float32),
+            logits=logits,
             cache=None if cache is None else cache_after.replace(layers=layers),
             hidden_states=(*hidden_states[:-1], x),
         )
@@ -170,8 +184,8 @@ class _Embedding(nn.Module):
 
 @jax.jit
 def _embed(table: jax.Array, ids: jax.Array) -> jax.Array:
-    # Ids outside the table become NaN instead of some other token's embedding.
-    return jnp.take(table, ids, axis=0, mode="fill")
+    # Ids outside the table, below 0 too, become NaN instead of some other token's embedding.
+    return jnp.take(table, jnp.where(ids < 0, table.shape[0], ids), axis=0, mode="fill")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -226,9 +240,28 @@ def _select(x: jax.Array, logits_at: LogitsAt, mask: jax.Array | None) -> jax.Ar
         last = x.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return jnp.take_along_axis(x, last[:, None, None], axis=1)
     indices = jnp.asarray(logits_at)
+    if indices.ndim not in (1, 2):
+        raise ValueError(f"logits_at has {indices.ndim} axes; give indices [P] or [B, P]")
+    # Beyond the call's tokens there is no hidden state: those logits become NaN.
+    indices = jnp.where(indices < 0, x.shape[1], indices)
     if indices.ndim == 1:
-        return x[:, indices]
-    return jnp.take_along_axis(x, indices[..., None], axis=1)
+        return jnp.take(x, indices, axis=1, mode="fill")
+    return jnp.take_along_axis(x, indices[..., None], axis=1, mode="fill")
+
+
+def warn_if_longer(config: ModelConfig, length: int) -> None:
+    """Warns, once for a limit, of `length` tokens beyond the model's positions, RoPE unscaled."""
+    if config.exceeds_positions(length):
+        _warn_once(config.max_position_embeddings)
+
+
+@functools.cache
+def _warn_once(limit: int) -> None:
+    warnings.warn(
+        f"the text is longer than the model's {limit} positions (max_position_embeddings) and "
+        "RoPE is not scaled: expect the output to degrade",
+        stacklevel=2,
+    )
 
 
 def parameter_shapes(config: ModelConfig) -> Mapping[str, Any]:

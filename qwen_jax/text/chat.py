@@ -11,13 +11,13 @@ from typing import Any
 import jinja2
 
 from qwen_jax.errors import UserError
+from qwen_jax.json_fields import read_json_object
 from qwen_jax.text import control_tokens, template_engine
 from qwen_jax.text.control_tokens import Breaker, Marks
 from qwen_jax.text.template_engine import Template
 from qwen_jax.text.tokenizer_config import (
     AddedToken,
     TokenizerConfig,
-    read_json_object,
     read_text,
 )
 

@@ -9,11 +9,11 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen_jax.errors import UserError
+from qwen_jax.json_fields import read_json_object
 from qwen_jax.text.byte_level import bytes_of_piece
 from qwen_jax.text.tokenizer_config import (
     AddedToken,
     TokenizerConfig,
-    read_json_object,
     read_text,
 )
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import tiktoken
 
 from qwen_jax.errors import UserError
+from qwen_jax.json_fields import read_json_object
 from qwen_jax.text.byte_level import CHARACTER_TO_BYTE, bytes_of_piece
 from qwen_jax.text.huggingface_vocabulary import QWEN2_SPLIT
-from qwen_jax.text.tokenizer_config import AddedToken, read_json_object, read_text
+from qwen_jax.text.tokenizer_config import AddedToken, read_text
 
 _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _EXTRAS = tuple(f"<|extra_{index}|>" for index in range(205))

@@ -1,11 +1,11 @@
 """What stands beside a vocabulary: tokenizer_config.json and the older files that it replaced."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.json_fields import read_json_object
 
 # The order in which transformers adds named tokens that no other file gives an id.
 NAMED_TOKENS = (
@@ -67,21 +67,6 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: byte {error.start} is not UTF-8 text; download the file again"
         ) from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError naming the file when it doesn't."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); download the file again"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path}: JSON nested too deep; download the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def read_tokenizer_config(directory: Path) -> TokenizerConfig:

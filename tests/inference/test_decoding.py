@@ -14,6 +14,7 @@ from qwen_jax import UserError
 from qwen_jax.inference import decoding
 from qwen_jax.inference.decoding import TokenStream, bucket
 from qwen_jax.inference.sampling import SamplingOptions
+from qwen_jax.models import decoder
 from qwen_jax.nn.cache import init_cache
 from tests.reference import forget_lengths, random_reference, save_reference
 
@@ -258,7 +259,7 @@ def test_a_short_prompt_compiles_one_decode_step(small):
 
 def test_the_warning_about_positions_comes_once(tmp_path_factory):
     _, model, params = load(tmp_path_factory, "qwen3", max_position_embeddings=20)
-    decoding._warn_once.cache_clear()
+    decoder._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         qwen_jax.generate(model, params, random_prompts([17]), 4, stop_ids=[])
@@ -310,3 +311,14 @@ def test_logits_that_are_not_numbers_are_an_error(small, temperature):
     broken["norm"]["weight"] = np.full_like(params["norm"]["weight"], np.nan)
     with pytest.raises(UserError, match="the logits of new token 1 are NaN"):
         qwen_jax.generate(model, broken, [[1, 2]], temperature=temperature)
+
+
+def test_other_temperatures_compile_nothing(small):
+    _, model, params = small
+    counts = []
+    for temperature, top_p, seed in ((0.5, 0.9, 0), (0.9, 0.3, 5)):
+        qwen_jax.generate(
+            model, params, [[1, 2, 3]], 4, temperature, top_k=5, top_p=top_p, seed=seed
+        )
+        counts.append((decoding._prefill._cache_size(), decoding._decode_step._cache_size()))
+    assert counts[0] == counts[1]

@@ -138,3 +138,8 @@ def test_what_is_not_honoured_is_refused_by_name_and_value(read, tmp_path, value
         read(values)
     assert str(refusal.value).startswith(f"{tmp_path / 'generation_config.json'}: {message}")
     assert "\n" not in str(refusal.value)
+
+
+def test_filters_of_a_greedy_file_hold_for_whoever_asks_for_a_temperature(read):
+    options = read({"do_sample": False, "top_k": 3, "top_p": 0.5, "presence_penalty": 1.5}).options
+    assert options == SamplingOptions(0.0, 3, 0.5, presence_penalty=1.5)

@@ -29,7 +29,7 @@ def random_logits(rows=4, seed=0):
 
 def distribution(logits, options):
     """Probabilities [B, V] of what may be drawn."""
-    kept, ids = candidates(jnp.asarray(logits), options)
+    kept, ids = candidates(jnp.asarray(logits), options.rule())
     probabilities = np.asarray(jax.nn.softmax(kept, axis=-1))
     if ids is None:
         return probabilities
@@ -81,7 +81,7 @@ def test_repetition_penalty_equals_the_reference_through_all_warpers(factor):
     seen = init_seen(jnp.asarray(prompt), jnp.ones_like(prompt), V)
     for tokens in output.T:
         seen = count(seen, jnp.asarray(tokens))
-    found = distribution(np.asarray(penalise(jnp.asarray(logits), seen, options)), options)
+    found = distribution(np.asarray(penalise(jnp.asarray(logits), seen, options.rule())), options)
     np.testing.assert_array_equal(found > 0, expected > 0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -106,7 +106,9 @@ def test_presence_and_frequency_penalties_follow_their_definition(factor, presen
         if times or j in prompt[row, mask[row]]:
             expected[row, j] *= factor if expected[row, j] < 0 else 1 / factor
         expected[row, j] -= times * frequency + (times > 0) * presence
-    np.testing.assert_allclose(penalise(logits, seen, options), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        penalise(logits, seen, options.rule()), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_padding_is_not_seen():
@@ -154,7 +156,7 @@ def keys(number, seed=0):
 def test_draws_follow_the_distribution(options):
     logits, N = random_logits(rows=1, seed=5), 40_000
     expected = distribution(logits, options)[0] * N
-    draws = choose(jnp.repeat(logits, N, axis=0), None, keys(N), options)
+    draws = choose(jnp.repeat(logits, N, axis=0), None, keys(N), options.rule())
     counts = np.bincount(draws, minlength=V)
     assert not counts[expected == 0].any()
     common = expected >= 5
@@ -166,7 +168,7 @@ def test_draws_follow_the_distribution(options):
 
 def test_a_greedy_choice_is_the_best_token_whatever_the_filters():
     logits = random_logits()
-    tokens = choose(logits, None, keys(4), SamplingOptions(0.0, top_k=3, top_p=0.2))
+    tokens = choose(logits, None, keys(4), SamplingOptions(0.0, top_k=3, top_p=0.2).rule())
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
@@ -175,7 +177,7 @@ def test_logits_without_a_best_token_are_marked(options):
     logits = random_logits(rows=3)
     logits[1, 40] = np.nan
     logits[2, 7] = np.inf
-    tokens = np.asarray(choose(jnp.asarray(logits), None, keys(3), options))
+    tokens = np.asarray(choose(jnp.asarray(logits), None, keys(3), options.rule()))
     assert tokens[0] >= 0
     assert tokens[1:].tolist() == [-1, -1]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qwen_jax
+from qwen_jax.checkpoint.names import leaf_at, tensor_names
 from qwen_jax.nn.cache import grow_cache, init_cache
 from tests.reference import random_reference, reference_logits, save_reference
 
@@ -210,3 +211,60 @@ def test_logits_at_picks_positions(case):
     np.testing.assert_array_equal(some, logits[:, [1, 5, 3]])
     own = model.apply({"params": params}, ids, mask, logits_at=np.array([[1, 5], [0, 6]])).logits
     np.testing.assert_array_equal(own, logits[np.arange(2)[:, None], [[1, 5], [0, 6]]])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    directory = save_reference(random_reference("qwen3"), tmp_path_factory.mktemp("small"))
+    return qwen_jax.load_pretrained(directory)
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 320, 10**6])
+def test_ids_outside_the_vocabulary_give_no_numbers(small, bad):
+    model, params = small
+    logits = np.asarray(model.apply({"params": params}, [[1, bad, 2], [1, 3, 2]]).logits)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
+
+
+def test_logits_beyond_the_call_are_no_numbers(small):
+    model, params = small
+    for where in (np.array([1, 4, -1]), np.array([[1, 4, -1]])):
+        logits = np.asarray(model.apply({"params": params}, [[1, 2, 3, 4]], logits_at=where).logits)
+        assert np.isfinite(logits[0, 0]).all()
+        assert np.isnan(logits[0, 1:]).all()
+    with pytest.raises(ValueError, match="axes"):
+        model.apply({"params": params}, [[1, 2]], logits_at=1)
+    with pytest.raises(ValueError, match="axes"):
+        model.apply({"params": params}, [1, 2])
+
+
+def test_a_row_that_outgrows_its_cache_gives_no_numbers(small):
+    model, params = small
+    cache = init_cache(model.config, 2, 4, np.float32)
+    mask = np.array([[1, 1, 1], [1, 0, 0]])
+    out = model.apply({"params": params}, [[1, 2, 3], [4, 0, 0]], mask, cache=cache)
+    assert np.isfinite(out.logits).all()
+    out = model.apply({"params": params}, [[5, 6, 7], [8, 9, 3]], cache=out.cache)
+    assert np.isnan(out.logits[0]).all()
+    assert np.isfinite(out.logits[1]).all()
+
+
+def test_gradients_equal_the_reference(tmp_path):
+    reference = random_reference("qwen3", tie_word_embeddings=True)
+    model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path))
+    ids = random_ids(model, (2, 20))
+    torch.nn.functional.cross_entropy(
+        reference(torch.as_tensor(ids)).logits[:, :-1].flatten(0, 1),
+        torch.as_tensor(ids[:, 1:]).flatten(),
+    ).backward()
+
+    def loss(params):
+        logits = jax.nn.log_softmax(model.apply({"params": params}, ids).logits[:, :-1])
+        return -jax.numpy.take_along_axis(logits, ids[:, 1:, None], -1).mean()
+
+    ours = jax.grad(loss)(params)
+    for name, path in tensor_names(model.config).items():
+        expected = reference.get_parameter(name).grad.numpy()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(leaf_at(ours, path), expected, rtol=0, atol=1e-4 * scale)

@@ -328,14 +328,17 @@ BAD_DIRECTORIES = {
     ),
     "cut vocab": (write("vocab.json", '{"a": 0,'), "vocab.json: not valid JSON"),
     "deep vocab": (write("vocab.json", "[" * 100_000), "vocab.json: "),
-    "vocab list": (write("vocab.json", "[1]"), "vocab.json: holds a JSON list"),
+    "vocab list": (write("vocab.json", "[1]"), "vocab.json: should hold a JSON object"),
     "vocab of text": (write("vocab.json", '{"a": "b"}'), "vocab.json: 'a' must map to a token id"),
     "foreign merges": (write("merges.txt", "q zz\n"), "merges.txt: line 1 needs 'zz', which vocab"),
     "merge of three": (
         write("merges.txt", "#version\na b c\n"),
         "merges.txt: line 2 must hold two",
     ),
-    "config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json: holds a JSON li"),
+    "config list": (
+        write("tokenizer_config.json", "[]"),
+        "_config.json: should hold a JS",
+    ),
     "config cut": (write("tokenizer_config.json", "{"), "tokenizer_config.json: not valid JSON"),
     "eos number": (
         write("tokenizer_config.json", '{"eos_token": 3}'),

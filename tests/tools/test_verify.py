@@ -3,8 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.errors import UserError
+from qwen_jax.evaluation.parity import compare_with_reference
 from tests.tools.conftest import refusal
 
 
@@ -44,6 +48,36 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(run_tool, checkpoint, t
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
     assert str(directory) in refusal(run_tool("verify", f"--model={directory}"))
+
+
+def test_an_orbax_checkpoint_is_to_be_converted_first(checkpoint, tmp_path):
+    target = tmp_path / "orbax"
+    convert(checkpoint, target, "orbax")
+    with pytest.raises(
+        UserError, match=r"convert it first .*tools\.convert --format=hf$"
+    ) as caught:
+        compare_with_reference(target, np.arange(4)[None])
+    assert str(caught.value).startswith(f"{target}: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"pad_token_id": 99999}, "Padding_idx must be within num_embeddings"),
+        ({"use_cache": "maybe"}, "Validation error for field 'use_cache': "),
+    ],
+    ids=["line", "heading"],
+)
+def test_what_transformers_refuses_is_said_in_one_line(checkpoint, tmp_path, fields, reason):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(UserError) as caught:
+        compare_with_reference(directory, np.arange(4)[None])
+    message = str(caught.value)
+    assert message.startswith(f"transformers cannot load {directory}: {reason}")
+    assert "\n" not in message
+    assert not message.endswith(":")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""PyTorch and transformers: what this package is judged against, and runs without."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+
+def import_reference() -> tuple[ModuleType, ModuleType]:
+    """torch and transformers, without the latter's warnings and progress bars.
+
+    Raises:
+      UserError: one of them is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError(
+            "torch and transformers are not installed; pip install -r requirements-dev.txt"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers
+
+
+def load_reference(directory: Path, **options: Any) -> Any:
+    """The model of `directory` as transformers loads it, in float32 and ready to be evaluated.
+
+    Args:
+      directory: of the checkpoint; code that it brings is not run.
+      **options: for `from_pretrained`.
+
+    Raises:
+      UserError: transformers is not installed, or refuses the directory.
+    """
+    torch, transformers = import_reference()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False, **options
+        )
+    except Exception as error:  # What it raises depends on what is wrong, and on its version.
+        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        # Some of its messages have a heading.
+        reason = f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+        raise UserError(f"transformers cannot load {directory}: {reason}") from None
+    return model.eval()

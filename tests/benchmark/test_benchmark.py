@@ -1,0 +1,138 @@
+"""`python -m tools.benchmark`, and that both of its engines do the same work."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qwen_jax.benchmark.engines import ENGINES
+from qwen_jax.benchmark.loading import measure_load
+from qwen_jax.benchmark.provenance import git_hash
+from qwen_jax.errors import UserError
+from tests.tools.conftest import ROOT, refusal
+
+FIGURES = [
+    "load, s",
+    "load + first forward, s",
+    "peak memory of a load, GB",
+    "prefill of 8, tokens/s",
+    "decode after 8, tokens/s",
+]
+
+
+def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, tiny, tmp_path):
+    result = run_tool(
+        "benchmark",
+        f"--model={tiny}",
+        f"--workdir={tmp_path}",
+        "--prompt_tokens=8",
+        "--decode_tokens=2",
+        "--repeats=1",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()
+    ]
+    assert header == [f"{tiny}, float32", "qwen_jax", "transformers", "ratio"]
+    assert [row[0] for row in rows] == FIGURES
+    assert all(float(row[-1]) >= 0 for row in rows)
+
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    assert [(record["engine"], record["what"]) for record in records] == [
+        (engine, what) for engine in ENGINES for what in FIGURES
+    ]
+    for record in records:
+        assert len(record["values"]) == 1
+        assert record["git"] == git_hash(ROOT)
+        assert set(record["versions"]) == {"jax", "jaxlib", "flax", "torch", "transformers"}
+        assert all(record["versions"].values())
+        assert (record["device"], record["dtype"]) == ("cpu", "float32")
+        assert record["flags"] == {
+            "model": str(tiny),
+            "workdir": str(tmp_path),
+            "prompt_tokens": 8,
+            "decode_tokens": 2,
+            "repeats": 1,
+        }
+
+
+def test_the_engines_choose_the_same_tokens(tiny):
+    ids = np.random.default_rng(0).integers(0, 320, (2, 9))
+    chosen = []
+    for make in ENGINES.values():
+        engine = make(tiny)
+        # The second time from a new cache: nothing of the first may be left.
+        for _ in range(2):
+            chosen.append(np.concatenate([engine.prefill(ids), engine.decode(12)], axis=1))
+    assert chosen[0].shape == (2, 13)
+    for other in chosen[1:]:
+        np.testing.assert_array_equal(chosen[0], other)
+
+
+def test_a_load_that_fails_says_why(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(UserError, match=r"^measuring transformers failed: transformers cannot lo"):
+        measure_load("transformers", tmp_path)
+
+
+def test_no_hash_is_recorded_outside_a_checkout(tmp_path):
+    assert git_hash(tmp_path) is None
+    (tmp_path / ".git").mkdir()
+    assert git_hash(tmp_path) is None
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["directory", "results"])
+def test_a_workdir_that_cannot_be_written_is_refused(run_tool, tiny, tmp_path, inside):
+    workdir = tmp_path / "results"
+    if inside:
+        (workdir / "results.jsonl").mkdir(parents=True)
+    else:
+        workdir.write_text("a file")
+    line = refusal(run_tool("benchmark", f"--model={tiny}", f"--workdir={workdir}"))
+    assert line.startswith(f"--workdir={workdir}: cannot be written (")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("qwen3-0.6", "preset 'qwen3-0.6' is unknown; the nearest"),
+        ("./absent", "./absent: no such directory, and not a hub id"),
+        ("", "the source is empty"),
+    ],
+    ids=["preset", "path", "empty"],
+)
+def test_an_unknown_model_is_refused(run_tool, tmp_path, model, message):
+    workdir = tmp_path / "results"
+    line = refusal(run_tool("benchmark", f"--model={model}", f"--workdir={workdir}"))
+    assert line.startswith(message)
+    assert not workdir.exists()
+
+
+# Killed with config.json written, before the weights are.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import transformers
+from qwen_jax.hf_config import load_config
+from tools import benchmark
+
+def save(model, directory):
+    (Path(directory) / "config.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+transformers.PreTrainedModel.save_pretrained = save
+benchmark._write_random_checkpoint(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_write_of_a_preset_leaves_nothing_that_looks_complete(tiny, tmp_path):
+    target = tmp_path / "preset"
+    command = [sys.executable, "-c", KILLED, str(tiny), str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".preset.incomplete-")
+    assert (left / "config.json").exists()
