@@ -146,7 +146,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqd
     """The file format of safetensors, a tensor at a time; its library wants all of them at once."""
     # Wider values first, so that each tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    # transformers refuses a file without this note of its layout.
+    # Older transformers refuse a file without this note of its layout.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
