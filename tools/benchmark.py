@@ -15,16 +15,15 @@ from pathlib import Path
 import tqdm
 from absl import flags
 
-from configs.models import get_preset
+from configs.models import get_preset, names_a_preset
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
 from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.benchmark.throughput import measure_throughput
 from qwen_jax.checkpoint.hub import resolve_source
-from qwen_jax.checkpoint.writer import new_directory
-from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import load_config, write_hf_config
+from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
+from qwen_jax.hf_config import load_config
 from qwen_jax.reference import import_reference
 from tools import command_line
 
@@ -39,7 +38,7 @@ _FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS)
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
     workdir = Path(_WORKDIR.value)
-    preset = get_preset(_MODEL.value) if _is_bare_name(_MODEL.value) else None
+    preset = get_preset(_MODEL.value) if names_a_preset(_MODEL.value) else None
     directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
     results = workdir / "results.jsonl"
     try:
@@ -51,7 +50,7 @@ def main() -> None:
         raise UserError(message) from None
     import_reference()
     if preset is not None and not (directory / "config.json").is_file():
-        _write_random_checkpoint(preset, directory)
+        write_random_checkpoint(preset, directory)
     config = load_config(directory)
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for _ in tqdm.trange(_REPEATS.value, desc="loading", disable=None):
@@ -77,26 +76,6 @@ def main() -> None:
                 record = {"model": _MODEL.value, "engine": name, "what": what, "values": values}
                 file.write(json.dumps({**record, **origin}) + "\n")
     _print_table(figures)
-
-
-def _is_bare_name(model: str) -> bool:
-    """Whether only a preset can be meant; a path and a hub id are resolve_source's to judge."""
-    if not model or "/" in model or model.startswith((".", "~")):
-        return False
-    try:
-        return not Path(model).exists()
-    except OSError:  # Not a name that a file could have.
-        return False
-
-
-def _write_random_checkpoint(config: ModelConfig, directory: Path) -> None:
-    torch, transformers = import_reference()
-    fields = write_hf_config(config)
-    reference = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(reference, dtype=torch.bfloat16)
-    with new_directory(directory) as partial:
-        model.save_pretrained(partial)
 
 
 def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:

@@ -1,25 +1,34 @@
 """Proves a checkpoint: the same directory through transformers and through this package.
 
     python -m tools.verify --model=DIR
+    python -m tools.verify --model=qwen3-0.6b
 
-Prints the largest differences by layer in float32 and exits with 1 when one is beyond
---tolerance times the scale of what is compared. Needs requirements-dev.txt.
+A preset's name stands for random weights of its shape, biases and norms included. Prints the
+largest differences by layer in float32, and exits with 1 when one is beyond --tolerance times the
+scale of what is compared. Needs requirements-dev.txt.
 """
+
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 import qwen_jax
+from configs.models import get_preset, names_a_preset
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.parity import Parity, compare_with_reference
+from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
 from tools import command_line
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory or hub id.", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Checkpoint directory, hub id, or preset for random weights.", required=True
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to run; random tokens if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of random tokens.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens and weights.", lower_bound=0)
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-4, "Accepted difference, as a fraction of the root mean square, at least 1."
 )
@@ -29,7 +38,17 @@ def main() -> None:
     """Compares and prints the table."""
     if not _TOLERANCE.value >= 0:
         raise UserError(f"--tolerance={_TOLERANCE.value:g} should be a number of at least 0")
-    directory = resolve_source(_MODEL.value)
+    if not names_a_preset(_MODEL.value):
+        _verify(resolve_source(_MODEL.value))
+        return
+    preset = get_preset(_MODEL.value)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / _MODEL.value.lower()
+        write_random_checkpoint(preset, directory, _SEED.value)
+        _verify(directory)
+
+
+def _verify(directory: Path) -> None:
     config = load_config(directory)
     if _PROMPT.value is not None:
         ids = np.array([qwen_jax.load_tokenizer(directory).encode(_PROMPT.value)])

@@ -6,6 +6,7 @@ its own `config.json` with `qwen_jax.hf_config.load_config`.
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from configs.models import qwen1_5, qwen2, qwen2_5, qwen3
@@ -28,3 +29,13 @@ def get_preset(name: str) -> ModelConfig:
         return PRESETS[key]
     nearest = difflib.get_close_matches(key, PRESETS, n=1, cutoff=0.0)[0]
     raise UserError(f"preset {name!r} is unknown; the nearest of {len(PRESETS)} is {nearest}")
+
+
+def names_a_preset(model: str) -> bool:
+    """Whether `--model` can only mean a preset: no path, no hub id, nothing that exists on disk."""
+    if not model or "/" in model or model.startswith((".", "~")):
+        return False
+    try:
+        return not Path(model).exists()
+    except OSError:  # Not a name that a file could have.
+        return False

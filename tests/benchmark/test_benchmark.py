@@ -1,9 +1,6 @@
 """`python -m tools.benchmark`, and that both of its engines do the same work."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -109,30 +106,3 @@ def test_an_unknown_model_is_refused(run_tool, tmp_path, model, message):
     line = refusal(run_tool("benchmark", f"--model={model}", f"--workdir={workdir}"))
     assert line.startswith(message)
     assert not workdir.exists()
-
-
-# Killed with config.json written, before the weights are.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import transformers
-from qwen_jax.hf_config import load_config
-from tools import benchmark
-
-def save(model, directory):
-    (Path(directory) / "config.json").write_text("{}")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-transformers.PreTrainedModel.save_pretrained = save
-benchmark._write_random_checkpoint(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_write_of_a_preset_leaves_nothing_that_looks_complete(tiny, tmp_path):
-    target = tmp_path / "preset"
-    command = [sys.executable, "-c", KILLED, str(tiny), str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".preset.incomplete-")
-    assert (left / "config.json").exists()
