@@ -19,6 +19,7 @@ from qwen_jax.models.decoder import Decoder
 def load_pretrained(
     source: str | Path,
     dtype: jnp.dtype | str | None = None,
+    *,
     rope_scaling: dict[str, Any] | None = None,
     allow_nonfinite: bool = True,
 ) -> tuple[Decoder, dict[str, Any]]:

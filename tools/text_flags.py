@@ -115,7 +115,10 @@ def open_session() -> Session:
     tokenizer = qwen_jax.load_tokenizer(directory)
     max_new_tokens = MAX_NEW_TOKENS.value or defaults.max_new_tokens or 512
     model, params = qwen_jax.load_pretrained(
-        directory, DTYPE.value, rope_scaling, allow_nonfinite=not REFUSE_NONFINITE.value
+        directory,
+        DTYPE.value,
+        rope_scaling=rope_scaling,
+        allow_nonfinite=not REFUSE_NONFINITE.value,
     )
     return Session(
         model=model,
