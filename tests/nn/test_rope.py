@@ -14,6 +14,22 @@ from qwen_jax.nn.rope import inverse_frequencies, rotate, rotation
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
+def minimal_config(head_dim, scaling):
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 8,
+        "hidden_size": 64,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40960,
+        "rope_scaling": scaling,
+    }
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     "scaling",
@@ -30,19 +46,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 @pytest.mark.parametrize("length", [None, 40961, 200_000])
 def test_frequencies_equal_transformers(scaling, head_dim, length):
-    raw = {
-        "model_type": "qwen3",
-        "vocab_size": 8,
-        "hidden_size": 64,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": head_dim,
-        "rope_theta": 1_000_000.0,
-        "max_position_embeddings": 40960,
-        "rope_scaling": scaling,
-    }
+    raw = minimal_config(head_dim, scaling)
     reference = Qwen3Config(**{k: v for k, v in raw.items() if k != "model_type"})
     if scaling is None:
         expected, factor = Qwen3RotaryEmbedding.compute_default_rope_parameters(reference)
@@ -56,19 +60,7 @@ def test_frequencies_equal_transformers(scaling, head_dim, length):
 
 def test_yarn_of_the_qwen_cards_has_the_published_ramp():
     """Factor 4 from 32768 at base 1e6: the ramp spans pairs 23 to 40, cos and sin grow by 14%."""
-    spec = read_hf_config(
-        {
-            "model_type": "qwen3",
-            "vocab_size": 8,
-            "hidden_size": 64,
-            "intermediate_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rope_theta": 1_000_000.0,
-            "rope_scaling": YARN,
-        }
-    ).rope
+    spec = read_hf_config(minimal_config(128, YARN)).rope
     assert spec.attention_factor == pytest.approx(1.138629, abs=1e-6)
     plain = inverse_frequencies(RopeSpec(theta=1e6), 128)
     ratio = plain / inverse_frequencies(spec, 128)

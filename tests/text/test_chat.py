@@ -332,12 +332,18 @@ def test_messages_without_end_are_refused(qwen3):
         qwen3.apply_chat_template([{"role": "user", "content": loop}])
 
 
+# Conversations in which nobody writes a control token.
+HARMLESS = {
+    name: conversation
+    for name, conversation in CONVERSATIONS.items()
+    if not any(word in str(conversation) for word in ("<|", "tool_response"))
+}
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "coder"])
-@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("conversation", HARMLESS.values(), ids=HARMLESS.keys())
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_harmless_words_give_the_same_ids_without_special_parsing(qwen3, name, conversation, tools):
-    if any("<|" in str(m) or "tool_response" in str(m) for m in conversation):
-        pytest.skip("holds control tokens")
     tokenizer = with_template(qwen3, TEMPLATES[name])
     options = {"tools": tools, "add_generation_prompt": True, "enable_thinking": False}
     expected = tokenizer.apply_chat_template(conversation, **options)
