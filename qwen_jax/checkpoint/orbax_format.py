@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,26 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
             reason = _one_line(error)
         # Orbax's failed tasks log themselves when they are collected.
         gc.collect()
+    _wait_for_orphans(directory)
     raise OSError(reason)
+
+
+def _wait_for_orphans(directory: Path) -> None:
+    """Returns when nothing has changed below `directory` for a while.
+
+    After a failure TensorStore's threads go on with what they have begun, folders included, and
+    what they make after the caller has removed `directory` would stay behind.
+    """
+    before, quiet_since = None, time.monotonic()
+    deadline = quiet_since + 30
+    while time.monotonic() < min(quiet_since + 0.5, deadline):
+        try:
+            files = {(path, path.stat().st_size) for path in directory.rglob("*")}
+        except OSError:  # Renamed or removed since it was listed.
+            files = None
+        if files is None or files != before:
+            before, quiet_since = files, time.monotonic()
+        time.sleep(0.02)
 
 
 def open_orbax(config: ModelConfig, directory: Path) -> dict[names.Path, StoredTensor]:
