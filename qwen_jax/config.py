@@ -14,6 +14,7 @@ class LayerKind(enum.StrEnum):
 
     FULL_ATTENTION = "full_attention"
     SLIDING_ATTENTION = "sliding_attention"
+    LINEAR_ATTENTION = "linear_attention"
 
 
 class RopeKind(enum.StrEnum):
@@ -23,6 +24,17 @@ class RopeKind(enum.StrEnum):
     LINEAR = "linear"
     DYNAMIC = "dynamic"
     YARN = "yarn"
+    STEPPED_NTK = "stepped_ntk"
+
+
+class HeadKind(enum.StrEnum):
+    """What reads the final hidden states, and with that, what `logits` are."""
+
+    VOCABULARY = "vocabulary"
+    NONE = "none"
+    SCORE = "score"
+    SCORE_WITH_BIAS = "score_with_bias"
+    TWO_LAYER_SCORE = "two_layer_score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +45,15 @@ class RopeSpec:
       theta: base of the geometric series of wavelengths (`rope_theta`).
       kind: the scaling.
       factor: ratio of the length aimed at to the trained one; 1 for `default`.
-      original_max_position_embeddings: trained length in tokens, read by `dynamic` and `yarn`.
+      original_max_position_embeddings: trained length in tokens, read by `dynamic`, `yarn` and
+        `stepped_ntk`.
       attention_factor: what cos and sin are multiplied with, 1 unless `yarn`.
       beta_fast, beta_slow: rotations within the trained length above which `yarn` leaves a
         frequency alone, and below which it divides it by `factor`.
       truncate: whether `yarn` rounds the ends of its ramp outwards to whole pairs.
+      partial_rotary_factor: share of a head's channels, from the first on, that are rotated.
+      mrope_section: how many frequencies follow time, height and width in a model that sees
+        pictures; on text the three are equal, so that it changes nothing.
     """
 
     theta: float = 10_000.0
@@ -48,11 +64,113 @@ class RopeSpec:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    partial_rotary_factor: float = 1.0
+    mrope_section: tuple[int, ...] | None = None
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether the frequencies change as the text grows, so that cached keys stay unrotated."""
+        """Whether the frequencies change as the text grows, and with them what a cache holds."""
         return self.kind is RopeKind.DYNAMIC
+
+    @property
+    def depends_on_prompt(self) -> bool:
+        """Whether the length of a row's prompt sets the frequencies of that row for good."""
+        return self.kind is RopeKind.STEPPED_NTK
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaSpec:
+    """The gated delta rule of linear-attention layers (arXiv 2412.06464), sizes as config.json.
+
+    Attributes:
+      num_key_heads: heads of queries and keys; value head h reads key head h // (values / keys).
+      num_value_heads: heads of values, gates and states.
+      key_head_dim, value_head_dim: channels of a head; a head's state is their product.
+      conv_kernel_dim: taps of the causal convolution before the rule.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel_dim: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                value = getattr(self, field.name)
+                raise UserError(f"linear_{field.name} = {value} must be at least 1")
+        if self.num_value_heads % self.num_key_heads:
+            raise UserError(
+                f"linear_num_value_heads = {self.num_value_heads} is not a multiple of "
+                f"linear_num_key_heads = {self.num_key_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeSpec:
+    """A mixture of experts in place of the feed-forward block.
+
+    Attributes:
+      layers: indices of the layers that have it; the others keep the dense block.
+      num_experts: E.
+      num_experts_per_tok: k, how many experts a token goes to.
+      intermediate_size: feed-forward width of an expert.
+      renormalise: whether the chosen experts' probabilities are divided by their sum
+        (`norm_topk_prob`).
+      shared_intermediate_size: width of the expert that every token goes to, weighted by a sigmoid
+        gate; None where there is none.
+      aux_loss_coef: weight of the balancing loss in training (`router_aux_loss_coef`).
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    renormalise: bool
+    shared_intermediate_size: int | None = None
+    aux_loss_coef: float = 0.001
+
+    def __post_init__(self):
+        for name in ("num_experts", "num_experts_per_tok", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.num_experts_per_tok > self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than "
+                f"num_experts = {self.num_experts}"
+            )
+        shared = self.shared_intermediate_size
+        if shared is not None and shared < 1:
+            raise UserError(f"shared_expert_intermediate_size = {shared} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DualChunkSpec:
+    """Dual Chunk Attention (arXiv 2402.17463): no relative position beyond `chunk_size`.
+
+    Attributes:
+      chunk_size: the largest relative position, in tokens.
+      local_size: tokens of the chunk before that keep their exact distance.
+      original_max_position_embeddings: text length from which scores grow with its logarithm; 0
+        for never.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.local_size < self.chunk_size:
+            raise UserError(
+                f"dual_chunk_attention_config: local_size = {self.local_size} must be from 0 to "
+                f"below chunk_size = {self.chunk_size}"
+            )
+        if self.original_max_position_embeddings < 0:
+            raise UserError(
+                "dual_chunk_attention_config: original_max_position_embeddings = "
+                f"{self.original_max_position_embeddings} must not be negative"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +184,16 @@ class ModelConfig:
       sliding_window: how many tokens, itself included, a query of a sliding layer sees.
       qkv_bias, output_bias: biases on the query, key and value projections, and on the output one.
       qk_norm: RMSNorm over each head of queries and keys, before rotation.
+      output_gate: whether attention's output is multiplied by the sigmoid of a projection.
+      zero_centered_norm: whether norms multiply by 1 + weight (all but the gated one).
+      logn_length: trained length from which queries are scaled by log(position) / log(length);
+        None for never.
+      dual_chunk: of all full-attention layers; None for plain attention.
+      delta: of the linear-attention layers; None if there are none.
+      moe: the experts; None if every layer is dense.
+      head: what reads the final hidden states.
+      num_labels: width of a scoring head.
+      mtp_layers: layers of the head that predicts the token after the next; 0 for no such head.
       max_position_embeddings: the length that the checkpoint declares, in tokens.
       dtype: of the checkpoint's tensors.
       eos_token_ids: ids that end a text, as config.json has them.
@@ -89,6 +217,15 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    output_gate: bool = False
+    zero_centered_norm: bool = False
+    logn_length: int | None = None
+    dual_chunk: DualChunkSpec | None = None
+    delta: DeltaSpec | None = None
+    moe: MoeSpec | None = None
+    head: HeadKind = HeadKind.VOCABULARY
+    num_labels: int = 0
+    mtp_layers: int = 0
     sliding_window: int | None = None
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
@@ -108,10 +245,17 @@ class ModelConfig:
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim = {self.head_dim} is odd, and rotation pairs its channels")
-        if self.head_dim == 2 and self.rope.kind is RopeKind.DYNAMIC:
-            raise UserError("head_dim = 2 has one frequency, which dynamic RoPE cannot stretch")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(
+                f"head_dim = {self.head_dim} and partial_rotary_factor = "
+                f"{self.rope.partial_rotary_factor} make {self.rotary_dim} rotated channels, where "
+                f"an even number from 2 to {self.head_dim} is needed"
+            )
+        if self.rotary_dim == 2 and self.rope.kind in (RopeKind.DYNAMIC, RopeKind.STEPPED_NTK):
+            raise UserError(
+                f"{self.rotary_dim} rotated channels have one frequency, which "
+                f"{self.rope.kind.value} RoPE cannot stretch"
+            )
         if self.rms_norm_eps < 0:
             raise UserError(f"rms_norm_eps = {self.rms_norm_eps} must not be negative")
         sliding = LayerKind.SLIDING_ATTENTION in self.layer_types
@@ -120,6 +264,21 @@ class ModelConfig:
                 f"layer_types has {LayerKind.SLIDING_ATTENTION.value} and "
                 f"sliding_window = {self.sliding_window}; give a window of at least 1 token"
             )
+
+        if (LayerKind.LINEAR_ATTENTION in self.layer_types) != (self.delta is not None):
+            raise UserError(
+                f"layer_types has {LayerKind.LINEAR_ATTENTION.value} layers exactly where the "
+                "linear_* sizes are given"
+            )
+        if self.moe is not None and not all(
+            0 <= i < self.num_hidden_layers for i in self.moe.layers
+        ):
+            raise UserError(f"moe layers {self.moe.layers} are not all layers of the model")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def num_hidden_layers(self) -> int:

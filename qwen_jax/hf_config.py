@@ -8,11 +8,22 @@ can tell what it does.
 """
 
 import dataclasses
+import enum
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.config import LayerKind, ModelConfig
+from qwen_jax.config import (
+    DeltaSpec,
+    DualChunkSpec,
+    HeadKind,
+    LayerKind,
+    ModelConfig,
+    MoeSpec,
+    RopeKind,
+    RopeSpec,
+)
 from qwen_jax.errors import UserError
 from qwen_jax.hf_rope import read_rope, read_rope_parameters, write_rope_scaling
 from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
@@ -22,13 +33,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Identity, training, generation and output settings: none of them reaches the logits.
 _INERT = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _name_or_path attn_implementation auto_map
+    _attn_implementation _attn_implementation_autoset _name_or_path attn_dropout_prob
+    attn_implementation auto_map emb_dropout_prob onnx_safe softmax_in_fp32 use_cache_kernel
+    use_flash_attn
     begin_suppress_tokens bad_words_ids chunk_size_feed_forward decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size attention_dropout
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_nextn_predict_layers
+    num_return_sequences mtp_num_hidden_layers
+    output_attentions output_hidden_states output_router_logits output_scores prefix
+    pretraining_tp problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     seq_length suppress_tokens task_specific_params temperature tf_legacy_loss
     tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version typical_p
@@ -36,7 +51,131 @@ _INERT = frozenset(
 """.split()
 )
 
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+class _Bias(enum.Enum):
+    """Which projections of attention have biases, and what says so."""
+
+    QKV_ALWAYS = enum.auto()
+    QKV_BY_FIELD = enum.auto()
+    ALL_BY_FIELD = enum.auto()
+
+
+class _Renormalise(enum.Enum):
+    """Whether the chosen experts' probabilities are made to sum to one, where no field says."""
+
+    NO = False
+    YES = True
+    ALWAYS = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What a model_type means: its mechanisms, and transformers' defaults for absent fields.
+
+    Attributes:
+      stem: that its architectures begin with.
+      bias: on the projections of attention.
+      num_key_value_heads: default.
+      head_dim: default; None for hidden_size / num_attention_heads.
+      qk_norm: as `ModelConfig` has it.
+      hybrid: whether layers may be linear attention, and norms and attention are those of such
+        models: gated, zero-centred, a quarter of each head rotated.
+      experts: whether there may be any, and how they are weighted.
+      shared_expert: whether there is one beside them.
+      layer_kinds: rule that gives `layer_types` where config.json does not.
+    """
+
+    stem: str
+    bias: _Bias
+    num_key_value_heads: int
+    head_dim: int | None = None
+    qk_norm: bool = False
+    hybrid: bool = False
+    experts: _Renormalise | None = None
+    shared_expert: bool = False
+    layer_kinds: Callable[[Fields, int, int | None], list[str]] | None = None
+
+
+def _upper_slide(fields: Fields, num_layers: int, window: int | None) -> list[str]:
+    first = fields.take("max_window_layers", "integer", 28)
+    return [_sliding(window is not None and i >= first) for i in range(num_layers)]
+
+
+def _every_other_lower_slides(fields: Fields, num_layers: int, window: int | None) -> list[str]:
+    end = fields.take("max_window_layers", "integer", 28)
+    return [_sliding(window is not None and i % 2 == 0 and i < end) for i in range(num_layers)]
+
+
+def _all_slide(fields: Fields, num_layers: int, window: int | None) -> list[str]:
+    fields.take("max_window_layers", "integer")
+    return [_sliding(window is not None)] * num_layers
+
+
+def _sliding(slides: bool) -> str:
+    return "sliding_attention" if slides else "full_attention"
+
+
+def _interleaved(fields: Fields, num_layers: int, window: int | None) -> list[str]:
+    interval = fields.take("full_attention_interval", "integer", 4)
+    if interval < 1:
+        raise fields.refuse("full_attention_interval", interval, "at least 1 is needed")
+    return [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)
+    ]
+
+
+_FAMILIES = {
+    "qwen2": _Family("Qwen2", _Bias.QKV_ALWAYS, 32, layer_kinds=_upper_slide),
+    "qwen2_moe": _Family(
+        "Qwen2Moe", _Bias.QKV_BY_FIELD, 16, experts=_Renormalise.NO, shared_expert=True,
+        layer_kinds=_every_other_lower_slides,
+    ),
+    "qwen3": _Family(
+        "Qwen3", _Bias.ALL_BY_FIELD, 32, 128, qk_norm=True, layer_kinds=_upper_slide
+    ),
+    "qwen3_moe": _Family(
+        "Qwen3Moe", _Bias.ALL_BY_FIELD, 4, qk_norm=True, experts=_Renormalise.NO,
+        layer_kinds=_all_slide,
+    ),
+    "qwen3_next": _Family(
+        "Qwen3Next", _Bias.ALL_BY_FIELD, 2, 256, qk_norm=True, hybrid=True,
+        experts=_Renormalise.YES, shared_expert=True, layer_kinds=_interleaved,
+    ),
+    "qwen3_5_text": _Family(
+        "Qwen3_5", _Bias.ALL_BY_FIELD, 4, 256, qk_norm=True, hybrid=True,
+        layer_kinds=_interleaved,
+    ),
+    "qwen3_5_moe_text": _Family(
+        "Qwen3_5Moe", _Bias.ALL_BY_FIELD, 2, 256, qk_norm=True, hybrid=True,
+        experts=_Renormalise.ALWAYS, shared_expert=True, layer_kinds=_interleaved,
+    ),
+}  # fmt: skip
+
+# The vision-language models whose text tower is one of the families.
+_TEXT_TOWERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+
+# What a vision-language model has beside its text tower.
+_OF_PICTURES = frozenset(
+    """
+    text_config vision_config model_type image_token_id video_token_id vision_start_token_id
+    vision_end_token_id
+""".split()
+)
+
+# How an architecture's name ends -> what reads the final hidden states.
+_HEADS = {
+    "ForCausalLM": HeadKind.VOCABULARY,
+    "ForConditionalGeneration": HeadKind.VOCABULARY,
+    "Model": HeadKind.NONE,
+    "TextModel": HeadKind.NONE,
+    "ForSequenceClassification": HeadKind.SCORE,
+    "ForTokenClassification": HeadKind.SCORE_WITH_BIAS,
+    "ForRewardModel": HeadKind.TWO_LAYER_SCORE,
+    "ForProcessRewardModel": HeadKind.TWO_LAYER_SCORE,
+}
+
+# Labels of the heads whose code has the number in it.
+_FIXED_LABELS = {"ForRewardModel": 1, "ForProcessRewardModel": 2}
 
 # Fields with one value that the decoder computes; any other is a mechanism it does not have.
 _ONLY = {
@@ -47,7 +186,11 @@ _ONLY = {
     "mlp_bias": False,
     "use_dynamic_ntk": False,
     "use_logn_attn": False,
+    "scale_attn_weights": True,
+    "use_cache_quantization": False,
     "partial_rotary_factor": 1.0,
+    "mamba_ssm_dtype": "float32",
+    "mtp_use_dedicated_embeddings": False,
     "use_mrope": False,
 }
 
@@ -76,10 +219,13 @@ def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelCon
     """
     fields = Fields(raw, source)
     family = fields.require("model_type", "string")
+    if family in _TEXT_TOWERS:
+        fields = _text_tower(fields)
+        family = _TEXT_TOWERS[family]
     if family not in _READERS:
         raise UserError(
             f"{source}: model_type = {shown(family)} is unknown; "
-            f"known: {', '.join(sorted(_READERS))}"
+            f"known: {', '.join(sorted((*_READERS, *_TEXT_TOWERS)))}"
         )
     try:
         config = _READERS[family](fields, family)
@@ -89,6 +235,23 @@ def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelCon
         raise UserError(f"{source}: {error}") from None
     _refuse_leftovers(fields)
     return config
+
+
+def _text_tower(fields: Fields) -> Fields:
+    """The fields of the text tower of a vision-language model, as one model's."""
+    text = fields.require("text_config", "object")
+    inner = dict(text)
+    inner.pop("model_type", None)
+    for name in ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "dtype",
+                 "torch_dtype", "quantization_config"):  # fmt: skip
+        outer = fields.values.get(name)
+        if outer is not None and inner.get(name) is None:
+            inner[name] = outer
+    # The whole model's field decides, whatever the tower's says.
+    inner["tie_word_embeddings"] = fields.values.get("tie_word_embeddings", False)
+    outer = {k: v for k, v in fields.values.items() if k not in inner and k not in _OF_PICTURES}
+    _refuse_leftovers(Fields(outer, fields.source))
+    return Fields(inner, f"{fields.source}: text_config")
 
 
 def _refuse_leftovers(fields: Fields) -> None:
@@ -105,65 +268,223 @@ def _refuse_leftovers(fields: Fields) -> None:
         raise fields.refuse(name, value, _WHY_REFUSED.get(name, why))
 
 
-def _read_dense(fields: Fields, family: str) -> ModelConfig:
-    """Qwen1.5, 2, 2.5 (`qwen2`: q, k, v biases) and dense Qwen3 (`qwen3`: QK-norm)."""
-    is_qwen3 = family == "qwen3"
-    architectures = fields.take("architectures", "list of strings", [])
-    known = _ARCHITECTURES[family]
-    if architectures not in ([], [known]):
-        raise fields.refuse("architectures", architectures, f"only {known} is for {family}")
-
+def _read_decoder(fields: Fields, name: str) -> ModelConfig:
+    """Every family but the first generation."""
+    family = _FAMILIES[name]
+    head, num_labels = _read_head(fields, name, family.stem)
     hidden_size = fields.require("hidden_size", "integer")
     num_heads = fields.require("num_attention_heads", "integer")
     num_layers = fields.require("num_hidden_layers", "integer")
     if num_layers < 1:
         raise fields.refuse("num_hidden_layers", num_layers, "at least 1 is needed")
-    default_kv_heads = num_heads if "num_key_value_heads" in fields.values else 32
-    num_kv_heads = fields.take("num_key_value_heads", "integer", default_kv_heads)
-    head_dim = fields.take("head_dim", "integer")
-    if head_dim is None:
-        head_dim = 128 if is_qwen3 else hidden_size // max(num_heads, 1)
-
-    attention_bias = fields.take("attention_bias", "boolean", not is_qwen3)
-    if not is_qwen3:
-        for name, bias in (
-            ("attention_bias", attention_bias),
-            ("qkv_bias", fields.take("qkv_bias", "boolean", True)),
-        ):
-            if not bias:
-                raise fields.refuse(name, False, "qwen2 always has q, k and v biases")
-
+    # transformers takes null for the number of heads, an absent field for its default.
+    kv_heads = num_heads if "num_key_value_heads" in fields.values else family.num_key_value_heads
+    head_dim = fields.take("head_dim", "integer", family.head_dim)
+    qkv_bias, output_bias = _read_biases(fields, name, family.bias)
     max_position_embeddings = fields.take("max_position_embeddings", "integer", 32768)
-    layer_types, sliding_window = _read_layer_types(fields, num_layers)
+    layer_types, sliding_window = _read_layer_types(fields, num_layers, family)
+    if family.hybrid and not fields.take("attn_output_gate", "boolean", True):
+        raise fields.refuse("attn_output_gate", False, "this model_type always has the gate")
+    moe = _read_experts(fields, num_layers, family)
+    return ModelConfig(
+        family=name,
+        vocab_size=fields.require("vocab_size", "integer"),
+        hidden_size=hidden_size,
+        intermediate_size=_read_width(fields, moe, num_layers),
+        num_attention_heads=num_heads,
+        num_key_value_heads=fields.take("num_key_value_heads", "integer", kv_heads),
+        head_dim=hidden_size // max(num_heads, 1) if head_dim is None else head_dim,
+        layer_types=layer_types,
+        max_position_embeddings=max_position_embeddings,
+        rope=read_rope(fields, max_position_embeddings, 0.25 if family.hybrid else None),
+        rms_norm_eps=float(fields.take("rms_norm_eps", "number", 1e-6)),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        qk_norm=family.qk_norm,
+        output_gate=family.hybrid,
+        zero_centered_norm=family.hybrid,
+        dual_chunk=_read_dual_chunk(fields),
+        delta=_read_delta(fields, layer_types) if family.hybrid else None,
+        moe=moe,
+        head=head,
+        num_labels=num_labels,
+        sliding_window=sliding_window,
+        **_read_common(fields),
+    )
+
+
+def _read_common(fields: Fields) -> dict[str, Any]:
     eos = fields.take("eos_token_id", "integer or list of integers", [])
+    return {
+        "tie_word_embeddings": fields.take("tie_word_embeddings", "boolean", False),
+        "initializer_range": float(fields.take("initializer_range", "number", 0.02)),
+        "dtype": _read_dtype(fields),
+        "bos_token_id": fields.take("bos_token_id", "integer"),
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+        "pad_token_id": fields.take("pad_token_id", "integer"),
+    }
+
+
+def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
+    architectures = fields.take("architectures", "list of strings", [])
+    if not architectures:
+        return HeadKind.VOCABULARY, 0
+    ending = architectures[0].removeprefix(stem)
+    if len(architectures) > 1 or ending not in _HEADS or not architectures[0].startswith(stem):
+        known = ", ".join(stem + ending for ending in _HEADS)
+        raise fields.refuse("architectures", architectures, f"for {family}, known: {known}")
+    head = _HEADS[ending]
+    if head in (HeadKind.VOCABULARY, HeadKind.NONE):
+        return head, 0
+    labels = fields.values.get("id2label")
+    default = len(labels) if isinstance(labels, dict) else 2
+    num_labels = _FIXED_LABELS.get(ending) or fields.take("num_labels", "integer", default)
+    if num_labels < 1:
+        raise fields.refuse("num_labels", num_labels, "at least 1 is needed")
+    return head, num_labels
+
+
+def _read_biases(fields: Fields, family: str, bias: _Bias) -> tuple[bool, bool]:
+    """Whether queries, keys and values have biases, and whether the output has one."""
+    if bias is _Bias.ALL_BY_FIELD:
+        both = fields.take("attention_bias", "boolean", False)
+        return both, both
+    found = {name: fields.take(name, "boolean", True) for name in ("attention_bias", "qkv_bias")}
+    if bias is _Bias.QKV_BY_FIELD:
+        return found["qkv_bias"], False
+    for name, value in found.items():
+        if not value:
+            raise fields.refuse(name, False, f"{family} always has q, k and v biases")
+    return True, False
+
+
+def _read_experts(fields: Fields, num_layers: int, family: _Family) -> MoeSpec | None:
+    if family.experts is None:
+        return None
+    # A second name that transformers 5 writes.
+    names = {
+        name: fields.take(name, "integer")
+        for name in ("num_experts", "num_local_experts")
+        if fields.values.get(name) is not None
+    }
+    if len(set(names.values())) > 1:
+        raise UserError(f"{fields.source}: {disagreement(names)}")
+    num_experts = next(iter(names.values()), None)
+    if num_experts is None:
+        raise UserError(f"{fields.source}: num_experts is missing and needed, as integer")
+    step = fields.take("decoder_sparse_step", "integer", 1)
+    if step < 1:
+        raise fields.refuse("decoder_sparse_step", step, "at least 1 is needed")
+    dense = fields.take("mlp_only_layers", "list of integers", [])
+    layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+    renormalise = True
+    if family.experts is not _Renormalise.ALWAYS:
+        renormalise = fields.take("norm_topk_prob", "boolean", family.experts.value)
+    elif not fields.take("norm_topk_prob", "boolean", True):
+        raise fields.refuse("norm_topk_prob", False, "this model_type always renormalises")
+    shared = None
+    if family.shared_expert:
+        shared = fields.require("shared_expert_intermediate_size", "integer")
+    spec = MoeSpec(
+        layers=layers,
+        num_experts=num_experts or 1,
+        num_experts_per_tok=fields.require("num_experts_per_tok", "integer"),
+        intermediate_size=fields.require("moe_intermediate_size", "integer"),
+        renormalise=renormalise,
+        shared_intermediate_size=shared,
+        aux_loss_coef=float(fields.take("router_aux_loss_coef", "number", 0.001)),
+    )
+    return spec if layers and num_experts else None
+
+
+def _read_width(fields: Fields, moe: MoeSpec | None, num_layers: int) -> int:
+    """The dense width; where no layer is dense, the files may not have it and nobody reads it."""
+    if moe is not None and len(moe.layers) == num_layers:
+        return fields.take("intermediate_size", "integer", moe.intermediate_size)
+    return fields.require("intermediate_size", "integer")
+
+
+def _read_delta(fields: Fields, layer_types: tuple[LayerKind, ...]) -> DeltaSpec | None:
+    sizes = {
+        "num_key_heads": fields.take("linear_num_key_heads", "integer", 16),
+        "num_value_heads": fields.take("linear_num_value_heads", "integer", 32),
+        "key_head_dim": fields.take("linear_key_head_dim", "integer", 128),
+        "value_head_dim": fields.take("linear_value_head_dim", "integer", 128),
+        "conv_kernel_dim": fields.take("linear_conv_kernel_dim", "integer", 4),
+    }
+    return DeltaSpec(**sizes) if LayerKind.LINEAR_ATTENTION in layer_types else None
+
+
+def _read_dual_chunk(fields: Fields) -> DualChunkSpec | None:
+    """Dual Chunk Attention, with the defaults of the engine that it was published for (vLLM)."""
+    raw = fields.take("dual_chunk_attention_config", "object")
+    if not raw:
+        return None
+    inner = Fields(raw, f"{fields.source}: dual_chunk_attention_config")
+    spec = DualChunkSpec(
+        inner.take("chunk_size", "integer", 8192),
+        inner.take("local_size", "integer", 1024),
+        inner.take("original_max_position_embeddings", "integer", 0),
+    )
+    sparse_config = inner.take("sparse_attention_config", "anything")
+    inner.take("sparse_attention_threshold", "integer")
+    inner.take("sparse_attention_last_q", "integer")
+    if inner.take("sparse_attention_enabled", "boolean", sparse_config is not None):
+        warnings.warn(
+            f"{inner.source}: sparse_attention_enabled asks for approximate attention in long "
+            "prompts; attention is exact here",
+            stacklevel=2,
+        )
+    for name, value in inner.values.items():
+        raise inner.refuse(name, value, "it is not known; remove it")
+    return spec
+
+
+def _read_qwen1(fields: Fields, family: str) -> ModelConfig:
+    """The first generation, whose code came with the checkpoints."""
+    architectures = fields.take("architectures", "list of strings", [])
+    if architectures not in ([], ["QWenLMHeadModel"]):
+        raise fields.refuse("architectures", architectures, "only QWenLMHeadModel is for qwen")
+    num_heads = fields.require("num_attention_heads", "integer")
+    num_layers = fields.require("num_hidden_layers", "integer")
+    max_positions = fields.take("max_position_embeddings", "integer", 8192)
+    trained = fields.take("seq_length", "integer", max_positions)
+    doubled = fields.require("intermediate_size", "integer")
+    if doubled % 2:
+        raise fields.refuse("intermediate_size", doubled, "qwen's is twice the width, so even")
+    stepped = fields.take("use_dynamic_ntk", "boolean", True)
+    theta = float(fields.take("rotary_emb_base", "number", 10_000.0))
+    flags = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    flagged = [dtype for flag, dtype in flags.items() if fields.take(flag, "boolean", False)]
+    if flagged and not any(fields.values.get(name) for name in ("dtype", "torch_dtype")):
+        fields.values["torch_dtype"] = flagged[0]
     return ModelConfig(
         family=family,
         vocab_size=fields.require("vocab_size", "integer"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.require("intermediate_size", "integer"),
+        hidden_size=fields.require("hidden_size", "integer"),
+        intermediate_size=doubled // 2,
         num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_dim,
-        layer_types=layer_types,
-        max_position_embeddings=max_position_embeddings,
-        rope=read_rope(fields, max_position_embeddings),
-        rms_norm_eps=float(fields.take("rms_norm_eps", "number", 1e-6)),
-        tie_word_embeddings=fields.take("tie_word_embeddings", "boolean", False),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias and is_qwen3,
-        qk_norm=is_qwen3,
-        sliding_window=sliding_window,
-        initializer_range=float(fields.take("initializer_range", "number", 0.02)),
-        dtype=_read_dtype(fields),
-        bos_token_id=fields.take("bos_token_id", "integer"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_token_id=fields.take("pad_token_id", "integer"),
+        num_key_value_heads=num_heads,
+        head_dim=fields.take("kv_channels", "integer", 128),
+        layer_types=(LayerKind.FULL_ATTENTION,) * num_layers,
+        max_position_embeddings=max_positions,
+        rope=RopeSpec(
+            theta=theta,
+            kind=RopeKind.STEPPED_NTK if stepped else RopeKind.DEFAULT,
+            original_max_position_embeddings=trained if stepped else None,
+            partial_rotary_factor=float(fields.take("rotary_pct", "number", 1.0)),
+        ),
+        rms_norm_eps=float(fields.take("layer_norm_epsilon", "number", 1e-6)),
+        qkv_bias=True,
+        output_bias=not fields.take("no_bias", "boolean", True),
+        logn_length=trained if fields.take("use_logn_attn", "boolean", True) else None,
+        **_read_common(fields),
     )
 
 
 _READERS: dict[str, Callable[[Fields, str], ModelConfig]] = {
-    "qwen2": _read_dense,
-    "qwen3": _read_dense,
+    "qwen": _read_qwen1,
+    **dict.fromkeys(_FAMILIES, _read_decoder),
 }
 
 
@@ -181,23 +502,26 @@ def _read_dtype(fields: Fields) -> str:
     return next(iter(found.values()), "float32")
 
 
-def _read_layer_types(fields: Fields, num_layers: int) -> tuple[tuple[LayerKind, ...], int | None]:
-    """`layer_types` where given, else the upper layers slide from `max_window_layers` on."""
+def _read_layer_types(
+    fields: Fields, num_layers: int, family: _Family
+) -> tuple[tuple[LayerKind, ...], int | None]:
+    """`layer_types` where given, else by the family's rule; and the window of sliding layers."""
     use_window = fields.take("use_sliding_window", "boolean", False)
+    if family.hybrid and use_window:
+        raise fields.refuse("use_sliding_window", True, "no layer of this model_type slides")
     default_window = None if "sliding_window" in fields.values else 4096
     window = fields.take("sliding_window", "integer", default_window)
-    first_sliding = fields.take("max_window_layers", "integer", 28)
     if not use_window:
         window = None
-    layer_types = fields.take("layer_types", "list of strings")
-    if layer_types is None:
-        layer_types = [
-            "sliding_attention" if window is not None and i >= first_sliding else "full_attention"
-            for i in range(num_layers)
-        ]
+    by_rule = family.layer_kinds(fields, num_layers, window)
+    layer_types = fields.take("layer_types", "list of strings", by_rule)
+    if family.layer_kinds is _all_slide and layer_types != by_rule:
+        raise fields.refuse("layer_types", layer_types, "all layers of this model_type are alike")
+    known = [LayerKind.FULL_ATTENTION]
+    known += [LayerKind.LINEAR_ATTENTION if family.hybrid else LayerKind.SLIDING_ATTENTION]
     for kind in layer_types:
-        if kind not in tuple(LayerKind):
-            raise fields.refuse("layer_types", kind, f"known: {', '.join(LayerKind)}")
+        if kind not in known:
+            raise fields.refuse("layer_types", kind, f"known: {', '.join(known)}")
     if len(layer_types) != num_layers:
         raise UserError(
             f"{fields.source}: layer_types has {len(layer_types)} entries for "
@@ -222,8 +546,13 @@ def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any]) -> Mode
       UserError: unknown kind, or an option that the kind does not have.
     """
     rope = read_rope_parameters(
-        rope_scaling, config.rope.theta, config.max_position_embeddings, "rope_scaling"
+        rope_scaling,
+        config.rope.theta,
+        config.max_position_embeddings,
+        "rope_scaling",
+        config.rope.partial_rotary_factor,
     )
+    rope = dataclasses.replace(rope, mrope_section=config.rope.mrope_section)
     return dataclasses.replace(config, rope=rope)
 
 
@@ -231,37 +560,20 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` that reads back as `config`, in the layout that every reader knows.
 
     `rope_theta` + `rope_scaling` and `torch_dtype` are what transformers 4 and 5, and the engines
-    beside them, all accept.
+    beside them, all accept. The MTP head is told by its tensors.
 
     Raises:
       UserError: a field of `config` that the format has no place for.
     """
-    sliding = config.sliding_window is not None
-    fields = {
-        "architectures": [_ARCHITECTURES[config.family]],
+    fields = _write_qwen1(config) if config.family == "qwen" else _write_decoder(config)
+    fields |= {
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.qkv_bias,
-        "attention_dropout": 0.0,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": write_rope_scaling(config.rope),
-        "use_sliding_window": sliding,
-        "sliding_window": config.sliding_window,
-        # For readers that know no layer_types.
-        "max_window_layers": (*config.layer_types, LayerKind.SLIDING_ATTENTION).index(
-            LayerKind.SLIDING_ATTENTION
-        ),
-        "layer_types": [kind.value for kind in config.layer_types],
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _write_eos(config.eos_token_ids),
@@ -269,9 +581,11 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": config.dtype,
         "use_cache": True,
     }
-    if config.family == "qwen2":
-        del fields["attention_bias"]
-    back = read_hf_config(fields, "the config.json to write")
+    with warnings.catch_warnings():
+        # What the config says was told when it was read.
+        warnings.simplefilter("ignore")
+        back = read_hf_config(fields, "the config.json to write")
+    back = dataclasses.replace(back, mtp_layers=config.mtp_layers)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if getattr(back, field.name) != value:
@@ -279,6 +593,105 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
                 f"a config.json of model_type {config.family} cannot say {field.name} = {value}"
             )
     return fields
+
+
+def _write_decoder(config: ModelConfig) -> dict[str, Any]:
+    family = _FAMILIES[config.family]
+    fields = {
+        "architectures": [architecture(config)],
+        "intermediate_size": config.intermediate_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_dropout": 0.0,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": write_rope_scaling(config.rope),
+        "layer_types": [kind.value for kind in config.layer_types],
+    }
+    match family.bias:
+        case _Bias.QKV_BY_FIELD:
+            fields["qkv_bias"] = config.qkv_bias
+        case _Bias.ALL_BY_FIELD:
+            fields["attention_bias"] = config.qkv_bias
+    if config.num_labels:
+        labels = {i: f"LABEL_{i}" for i in range(config.num_labels)}
+        fields["id2label"] = {str(i): label for i, label in labels.items()}
+        fields["label2id"] = {label: i for i, label in labels.items()}
+    if family.hybrid:
+        fields["partial_rotary_factor"] = config.rope.partial_rotary_factor
+    else:
+        fields |= _write_window(config, family)
+    if config.delta is not None:
+        delta = dataclasses.asdict(config.delta)
+        fields |= {f"linear_{name}": value for name, value in delta.items()}
+    if family.experts is not None:
+        fields |= _write_experts(config, family)
+    if config.dual_chunk is not None:
+        fields["dual_chunk_attention_config"] = dataclasses.asdict(config.dual_chunk)
+    return fields
+
+
+def _write_window(config: ModelConfig, family: _Family) -> dict[str, Any]:
+    fields = {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+    }
+    if family.layer_kinds is _upper_slide:
+        # For readers that know no layer_types.
+        slides = LayerKind.SLIDING_ATTENTION
+        fields["max_window_layers"] = (*config.layer_types, slides).index(slides)
+    return fields
+
+
+def _write_experts(config: ModelConfig, family: _Family) -> dict[str, Any]:
+    moe = config.moe
+    if moe is None:
+        raise UserError(f"a config.json of model_type {config.family} cannot say moe = None")
+    fields = {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "moe_intermediate_size": moe.intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.layers],
+        "router_aux_loss_coef": moe.aux_loss_coef,
+    }
+    if family.experts is not _Renormalise.ALWAYS:
+        fields["norm_topk_prob"] = moe.renormalise
+    if moe.shared_intermediate_size is not None:
+        fields["shared_expert_intermediate_size"] = moe.shared_intermediate_size
+    return fields
+
+
+def _write_qwen1(config: ModelConfig) -> dict[str, Any]:
+    trained = config.rope.original_max_position_embeddings or config.logn_length
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "intermediate_size": 2 * config.intermediate_size,
+        "kv_channels": config.head_dim,
+        "layer_norm_epsilon": config.rms_norm_eps,
+        "rotary_emb_base": config.rope.theta,
+        "rotary_pct": config.rope.partial_rotary_factor,
+        "seq_length": trained or config.max_position_embeddings,
+        "use_dynamic_ntk": config.rope.kind is RopeKind.STEPPED_NTK,
+        "use_logn_attn": config.logn_length is not None,
+        "no_bias": not config.output_bias,
+    }
+
+
+def architecture(config: ModelConfig) -> str:
+    """What config.json calls the class of `config` in `architectures`."""
+    endings = [
+        ending
+        for ending, head in _HEADS.items()
+        if head is config.head and _FIXED_LABELS.get(ending, config.num_labels) == config.num_labels
+    ]
+    if not endings:
+        raise UserError(
+            f"a config.json of model_type {config.family} cannot say {config.num_labels} labels "
+            f"of a {config.head.value} head"
+        )
+    return _FAMILIES[config.family].stem + endings[0]
 
 
 def _write_eos(ids: tuple[int, ...]) -> int | list[int] | None:

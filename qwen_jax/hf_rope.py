@@ -1,5 +1,6 @@
 """The rotary settings of config.json: `rope_scaling` or `rope_parameters` <-> `RopeSpec`."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -19,8 +20,16 @@ _ROPE_OPTIONS = {
 }  # fmt: skip
 
 
-def read_rope(fields: Fields, max_position_embeddings: int) -> RopeSpec:
+def read_rope(
+    fields: Fields, max_position_embeddings: int, partial_rotary_factor: float | None = None
+) -> RopeSpec:
     """Takes the rotary settings out of `fields`, in either layout; two that disagree are refused.
+
+    Args:
+      fields: of config.json.
+      max_position_embeddings: the declared length.
+      partial_rotary_factor: default share of rotated channels in a model that may rotate a part;
+        None for one that rotates all.
 
     Raises:
       UserError: as `read_rope_parameters`.
@@ -54,11 +63,26 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeSpec:
     kind = parameters.get("rope_type", parameters.get("type"))
     if original is not None and kind == RopeKind.YARN:
         parameters = {**parameters, "original_max_position_embeddings": original}
-    return read_rope_parameters(parameters, theta, max_position_embeddings, fields.source)
+    if partial_rotary_factor is not None:
+        shares = {
+            "partial_rotary_factor": fields.take("partial_rotary_factor", "number"),
+            "partial_rotary_factor in rope_parameters": parameters.get("partial_rotary_factor"),
+        }
+        shares = {name: value for name, value in shares.items() if value is not None}
+        if len(set(shares.values())) > 1:
+            raise UserError(f"{fields.source}: {disagreement(shares)}")
+        partial_rotary_factor = next(iter(shares.values()), partial_rotary_factor)
+    return read_rope_parameters(
+        parameters, theta, max_position_embeddings, fields.source, partial_rotary_factor
+    )
 
 
 def read_rope_parameters(
-    parameters: dict[str, Any], theta: float, max_position_embeddings: int, source: str
+    parameters: dict[str, Any],
+    theta: float,
+    max_position_embeddings: int,
+    source: str,
+    partial_rotary_factor: float | None = None,
 ) -> RopeSpec:
     """Reads the dict that config.json holds as `rope_scaling` or `rope_parameters`.
 
@@ -68,6 +92,8 @@ def read_rope_parameters(
       max_position_embeddings: the declared length, which `dynamic` scales from, and which `yarn`
         takes, with a warning, when `original_max_position_embeddings` is absent.
       source: names the place in errors.
+      partial_rotary_factor: share of rotated channels of a model that may rotate a part, which the
+        dict may repeat; None for one that rotates all.
 
     Raises:
       UserError: unknown kind, or an option that the kind does not have.
@@ -85,18 +111,25 @@ def read_rope_parameters(
     if len(set(names.values())) > 1:
         raise UserError(f"{source}: {disagreement(names)}")
     name = next(iter(names.values()), "default")
-    if name not in tuple(RopeKind):
+    if name not in tuple(_ROPE_OPTIONS):
         raise UserError(
-            f"{source}: rope_type = {shown(name)} is not supported; known: {', '.join(RopeKind)}"
+            f"{source}: rope_type = {shown(name)} is not supported; known: "
+            f"{', '.join(_ROPE_OPTIONS)}"
         )
     kind = RopeKind(name)
     theta = float(options.take("rope_theta", "number", theta))
     if theta <= 0:
         raise UserError(f"{source}: rope_theta = {theta} must be positive")
-    if options.take("partial_rotary_factor", "number", 1.0) != 1.0:
+    share = 1.0 if partial_rotary_factor is None else partial_rotary_factor
+    if options.take("partial_rotary_factor", "number", share) != share:
         raise options.refuse(
-            "partial_rotary_factor", parameters["partial_rotary_factor"], "only 1.0 is"
+            "partial_rotary_factor", parameters["partial_rotary_factor"], f"only {share} is"
         )
+    section = None
+    if partial_rotary_factor is not None:
+        section = options.take("mrope_section", "list of integers")
+        # How the sections alternate is for pictures; on text they are all alike.
+        options.take("mrope_interleaved", "boolean")
     unread = [
         name
         for name, value in options.values.items()
@@ -106,7 +139,11 @@ def read_rope_parameters(
         raise options.refuse(
             unread[0], parameters[unread[0]], f"rope_type {kind.value} does not read it; remove it"
         )
-    return _ROPE_READERS[kind](options, theta, max_position_embeddings)
+    return dataclasses.replace(
+        _ROPE_READERS[kind](options, theta, max_position_embeddings),
+        partial_rotary_factor=float(share),
+        mrope_section=None if section is None else tuple(section),
+    )
 
 
 def _read_default(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
@@ -210,8 +247,10 @@ def parse_rope_flag(text: str) -> dict[str, Any] | None:
         return {"rope_type": RopeKind.DEFAULT.value}
     head, *rest = text.split(",")
     kind, _, factor = head.partition(":")
-    if kind not in tuple(RopeKind):
-        raise UserError(f"--rope={text}: kind {kind!r} is unknown; known: {', '.join(RopeKind)}")
+    if kind not in tuple(_ROPE_OPTIONS):
+        raise UserError(
+            f"--rope={text}: kind {kind!r} is unknown; known: {', '.join(_ROPE_OPTIONS)}"
+        )
     parameters: dict[str, Any] = {"rope_type": kind}
     if factor:
         parameters["factor"] = _parsed(factor)
@@ -236,14 +275,16 @@ def _parsed(value: str) -> Any:
 
 
 def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json that reads back as `rope`; null for unscaled RoPE."""
+    """The `rope_scaling` of config.json that reads back as `rope`; null for unscaled RoPE.
+
+    The share of rotated channels has a field of its own.
+    """
+    scaling: dict[str, Any] = {}
     match rope.kind:
-        case RopeKind.DEFAULT:
-            return None
         case RopeKind.LINEAR | RopeKind.DYNAMIC:
-            return {"rope_type": rope.kind.value, "factor": rope.factor}
+            scaling = {"rope_type": rope.kind.value, "factor": rope.factor}
         case RopeKind.YARN:
-            return {
+            scaling = {
                 "rope_type": "yarn",
                 "factor": rope.factor,
                 "original_max_position_embeddings": rope.original_max_position_embeddings,
@@ -252,3 +293,7 @@ def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
                 "beta_slow": rope.beta_slow,
                 "truncate": rope.truncate,
             }
+    if rope.mrope_section is not None:
+        scaling = {"rope_type": rope.kind.value, **scaling}
+        scaling["mrope_section"] = list(rope.mrope_section)
+    return scaling or None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qwen_jax import text
 from qwen_jax.checkpoint.hub import resolve_source
-from qwen_jax.checkpoint.loading import load_params
+from qwen_jax.checkpoint.loading import load_params, open_model
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
@@ -44,8 +44,9 @@ def load_pretrained(
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     dtype = _resolve_dtype(dtype, config)
-    params = load_params(config, directory, dtype, allow_nonfinite)
-    return Decoder(config), params
+    stored = open_model(config, directory)
+    params = load_params(stored.tensors, directory, dtype, allow_nonfinite)
+    return Decoder(stored.config), params
 
 
 def _resolve_dtype(dtype: jnp.dtype | str | None, config: ModelConfig) -> jnp.dtype:

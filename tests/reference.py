@@ -19,36 +19,80 @@ _SMALL = {
     "rope_theta": 1_000_000.0,
     "attn_implementation": "eager",
 }
-_CONFIGS = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+_SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 56}
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+}
+# Of each model_type: its configuration class, and fields beside the small ones.
+_FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, _SHARED),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 24}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {"head_dim": 24, **_EXPERTS}),
+    "qwen3_next": (transformers.Qwen3NextConfig, {**_HYBRID, **_SHARED}),
+    "qwen3_5_text": (transformers.Qwen3_5TextConfig, _HYBRID),
+    "qwen3_5_moe_text": (transformers.Qwen3_5MoeTextConfig, {**_HYBRID, **_SHARED}),
+}
+_ZERO_CENTERED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
-def random_reference(family: str, seed: int = 0, **fields: Any) -> transformers.PreTrainedModel:
+def random_reference(
+    family: str,
+    seed: int = 0,
+    auto_class: type = transformers.AutoModelForCausalLM,
+    **fields: Any,
+) -> transformers.PreTrainedModel:
     """A float32 model in eval mode: weights, biases and norms random, logits of unit scale."""
-    fields = {**_SMALL, **({"head_dim": 24} if family == "qwen3" else {}), **fields}
+    config_class, own_fields = _FAMILIES[family]
+    fields = {**_SMALL, **own_fields, **fields}
+    if "rope_parameters" in fields:
+        del fields["rope_theta"]
     attention = fields.pop("attn_implementation")
-    config = _CONFIGS[family](**fields)
+    config = config_class(**fields)
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
+                centered = family in _ZERO_CENTERED and not name.endswith("linear_attn.norm.weight")
+                parameter.copy_((0 if centered else 1) + 0.3 * noise)
+            elif name.endswith("dt_bias"):
+                # States that last: outputs near zero would be normed up with their rounding, in
+                # PyTorch's float32 by more than the tolerance of a comparison with float64.
+                parameter.copy_(0.5 * noise - 3)
+            elif name.endswith(("bias", "A_log")):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         ids = torch.arange(64)[None] % config.vocab_size
         # The final norm scales tied and untied logits alike.
-        model.model.norm.weight /= model(ids).logits.std()
+        norm, offset = model.base_model.norm.weight, int(family in _ZERO_CENTERED)
+        norm.copy_((norm + offset) / _scale(model(ids)) - offset)
     forget_lengths(model)
     return model
 
 
+def _scale(out: Any) -> torch.Tensor:
+    return out.logits.std() if "logits" in out else out.last_hidden_state.std()
+
+
 def forget_lengths(model: transformers.PreTrainedModel) -> None:
     """Makes length-dependent RoPE stateless: transformers keeps the longest text's frequencies."""
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(model.config)
 
 
 def save_reference(model: transformers.PreTrainedModel, directory: Path, **options: Any) -> Path:

@@ -236,8 +236,9 @@ def test_written_config_means_the_same_to_readers_without_layer_types(first_slid
 
 def test_draws_cover_every_kind_of_rope_and_layer():
     ours = [read_hf_config(draw(seed)) for seed in range(80)]
-    assert {config.rope.kind for config in ours} == set(RopeKind)
-    assert {kind for config in ours for kind in config.layer_types} == set(LayerKind)
+    elsewhere = {RopeKind.STEPPED_NTK, LayerKind.LINEAR_ATTENTION}
+    assert {config.rope.kind for config in ours} == set(RopeKind) - elsewhere
+    assert {kind for config in ours for kind in config.layer_types} == set(LayerKind) - elsewhere
     yarns = [config.rope for config in ours if config.rope.kind is RopeKind.YARN]
     assert len({rope.attention_factor for rope in yarns}) > 8
     assert {rope.truncate for rope in yarns} == {True, False}

@@ -27,9 +27,10 @@ _DTYPE = flags.DEFINE_enum(
 def main() -> None:
     """Converts, then says what was written."""
     written = convert(_SOURCE.value, _TARGET.value, _FORMAT.value, _DTYPE.value)
+    left_out = written.num_left_out
     print(
         f"wrote {_TARGET.value}: {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, "
-        f"{_FORMAT.value} format"
+        f"{_FORMAT.value} format" + f"; left out {left_out} that are not text" * (left_out > 0)
     )
 
 

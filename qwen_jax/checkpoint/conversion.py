@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import open_model
 from qwen_jax.checkpoint.nonfinite import all_finite
 from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.checkpoint.regions import stack, to_stored
 from qwen_jax.checkpoint.writer import (
     MAX_SHARD_SIZE,
     check_vacant,
@@ -21,8 +22,9 @@ from qwen_jax.checkpoint.writer import (
     write_json,
     write_tensors,
 )
+from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import DTYPES, load_config
+from qwen_jax.hf_config import DTYPES, architecture, load_config, write_hf_config
 from qwen_jax.json_fields import read_json_object
 
 Format = Literal["hf", "orbax"]
@@ -35,10 +37,12 @@ class Converted:
     Attributes:
       num_tensors: how many.
       num_bytes: that they take.
+      num_left_out: tensors of the source's other towers, which are not text.
     """
 
     num_tensors: int
     num_bytes: int
+    num_left_out: int
 
 
 def convert(
@@ -69,25 +73,27 @@ def convert(
     config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype} is not supported; known: {', '.join(DTYPES)}")
-    tensors = open_model(config, directory)
+    model = open_model(config, directory)
+    tensors = model.tensors
     if dtype is not None:
         tensors = {path: _cast(directory, tensor, dtype) for path, tensor in tensors.items()}
     with new_directory(target) as partial:
-        _write_config(directory, partial, dtype)
+        _write_config(directory, partial, model.config, dtype)
         copy_companions(directory, partial)
         if target_format == "orbax":
             leaves = {path: tensor.read() for path, tensor in tensors.items()}
             orbax_format.save_orbax(partial, names.unflatten(leaves))
         else:
             # Under the names that transformers gives, whatever the source calls them.
-            table = names.tensor_names(config)
-            named = {name: tensors[path] for name, path in table.items()}
-            write_tensors(partial, named, max_shard_size)
-    return Converted(len(tensors), sum(map(num_bytes, tensors.values())))
+            tensors = to_stored(names.regions(model.config), tensors)
+            write_tensors(partial, tensors, max_shard_size)
+    return Converted(len(tensors), sum(map(num_bytes, tensors.values())), len(model.left_out))
 
 
 def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
     to = np.dtype(dtype)
+    if tensor.parts:
+        return stack([_cast(directory, part, dtype) for part in tensor.parts])
 
     def read() -> np.ndarray:
         values = tensor.read()
@@ -102,11 +108,19 @@ def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
     return dataclasses.replace(tensor, dtype=to, read=read)
 
 
-def _write_config(source: Path, target: Path, dtype: str | None) -> None:
-    """config.json as it is, apart from the dtype that it declares."""
-    if dtype is None:
-        shutil.copyfile(source / "config.json", target / "config.json")
-        return
+def _write_config(source: Path, target: Path, config: ModelConfig, dtype: str | None) -> None:
+    """config.json as it is, apart from the dtype and from what is written of the model."""
     raw = read_json_object(source / "config.json")
-    spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
-    write_json(target / "config.json", {**raw, **dict.fromkeys(spellings, dtype)})
+    changes: dict[str, Any] = {}
+    is_tower = raw["model_type"] != config.family
+    if is_tower:
+        raw = write_hf_config(config)
+    elif config.head is HeadKind.NONE:
+        changes["architectures"] = [architecture(config)]
+    if dtype is not None:
+        spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
+        changes |= dict.fromkeys(spellings, dtype)
+    if changes or is_tower:
+        write_json(target / "config.json", {**raw, **changes})
+    else:
+        shutil.copyfile(source / "config.json", target / "config.json")

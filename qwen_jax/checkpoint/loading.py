@@ -1,7 +1,9 @@
 """Checkpoint directory -> parameter tree, a tensor at a time."""
 
 import concurrent.futures
+import dataclasses
 import difflib
+import math
 import mmap
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
 from qwen_jax.checkpoint.orbax_format import is_orbax, open_orbax
 from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
+from qwen_jax.checkpoint.regions import in_file_order, stored_shape, to_parameters
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import parameter_shapes
@@ -28,19 +31,19 @@ _STEP = 1 << 22
 
 
 def load_params(
-    config: ModelConfig,
+    tensors: dict[names.Path, StoredTensor],
     directory: Path,
     dtype: jnp.dtype,
     allow_nonfinite: bool = True,
 ) -> dict[str, Any]:
-    """Reads the parameters of `Decoder(config)` from a Hugging Face or Orbax directory.
+    """Reads the parameters that `open_model` has found.
 
     Memory above the start stays under the parameters' size plus twice the largest tensor. On a
     terminal, a progress bar is shown.
 
     Args:
-      config: the model.
-      directory: holds the tensor files.
+      tensors: by their path in the tree.
+      directory: that they come from, for messages.
       dtype: of the parameters.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
 
@@ -48,15 +51,15 @@ def load_params(
       The nested dict that `Decoder(config).apply` takes as "params".
 
     Raises:
-      UserError: unknown, missing, duplicate or misshapen tensors, broken files.
+      UserError: non-finite weights that are not allowed.
     """
-    tensors = open_model(config, directory)
     bad: list[str] = []
 
     def load(tensor: StoredTensor) -> jax.Array:
-        host = _cast_to_own_memory(tensor.read(), dtype)
+        host = _own_memory(tensor, dtype)
         if not all_finite(host):
-            bad.append(tensor.name)
+            parts = zip(tensor.parts, host, strict=True) if tensor.parts else ((tensor, host),)
+            bad.extend(part.name for part, values in parts if not all_finite(values))
         return jax.device_put(host)
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
@@ -67,10 +70,28 @@ def load_params(
     return params
 
 
-def open_model(config: ModelConfig, directory: Path) -> dict[names.Path, StoredTensor]:
-    """The stored tensor of each parameter of `Decoder(config)`, by its path in the tree.
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """What a directory holds of a model.
 
-    They are in file order, so that the disk is read in order.
+    Attributes:
+      config: with the parts that only the tensors tell of (`names.fit_config`).
+      tensors: the stored tensor of each parameter of `Decoder(config)`, by its path in the tree,
+        in file order.
+      left_out: names of tensors that belong to other towers of a vision-language model.
+    """
+
+    config: ModelConfig
+    tensors: dict[names.Path, StoredTensor]
+    left_out: tuple[str, ...] = ()
+
+
+def open_model(config: ModelConfig, directory: Path) -> StoredModel:
+    """Opens a Hugging Face or Orbax directory without reading any tensor.
+
+    Args:
+      config: as config.json has it.
+      directory: holds the tensor files.
 
     Raises:
       UserError: unknown, missing, duplicate or misshapen tensors, broken files.
@@ -78,17 +99,39 @@ def open_model(config: ModelConfig, directory: Path) -> dict[names.Path, StoredT
     if is_orbax(directory):
         if any(directory.glob("*.safetensors")):
             raise UserError(f"{directory}: holds Orbax params and safetensors; keep one of them")
-        return open_orbax(config, directory)
-    stored = open_checkpoint(directory)
-    table = _match_tensors(config, directory, stored)
-    return {table[name]: tensor for name, tensor in stored.items() if name in table}
+        return StoredModel(*open_orbax(config, directory))
+    files = open_checkpoint(directory)
+    config = names.fit_config(config, files)
+    stored = _by_canonical_name(config, directory, files)
+    regions = names.regions(config, names.holds_fused_experts(stored))
+    regions = _match_tensors(config, directory, stored, regions)
+    tensors = in_file_order(to_parameters(regions, stored), regions, stored)
+    known = {tensor.name for tensor in stored.values()}
+    return StoredModel(config, tensors, tuple(name for name in files if name not in known))
+
+
+def _by_canonical_name(
+    config: ModelConfig, directory: Path, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    renamed: dict[str, StoredTensor] = {}
+    for name, canonical in names.canonical_names(config, stored).items():
+        if canonical in renamed:
+            raise UserError(
+                f"{directory}: {names.printable(name)} and "
+                f"{names.printable(renamed[canonical].name)} are the same tensor; keep one"
+            )
+        if canonical is not None:
+            renamed[canonical] = stored[name]
+    return renamed
 
 
 def _match_tensors(
-    config: ModelConfig, directory: Path, stored: dict[str, StoredTensor]
-) -> dict[str, names.Path]:
-    """Stored name -> path in the tree, after checking that both sides agree on every tensor."""
-    table = names.tensor_names(config)
+    config: ModelConfig,
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    regions: list[names.Region],
+) -> list[names.Region]:
+    """`regions` by the names in use, after checking that both sides agree on every tensor."""
     head, embedding = names.TIED_HEAD
     second_copy = None
     if config.tie_word_embeddings and head in stored:
@@ -96,13 +139,17 @@ def _match_tensors(
             _check_tied_head(directory, stored)
             second_copy = head
         else:
-            table = {head if name == embedding else name: path for name, path in table.items()}
+            regions = [
+                dataclasses.replace(region, name=head) if region.name == embedding else region
+                for region in regions
+            ]
 
-    missing = [name for name in table if name not in stored]
+    wanted = dict.fromkeys(region.name for region in regions)
+    missing = [name for name in wanted if name not in stored]
     unknown = [
         name
         for name in stored
-        if not (name in table or name == second_copy or name.endswith(names.COMPUTED_SUFFIXES))
+        if not (name in wanted or name == second_copy or name.endswith(names.COMPUTED_SUFFIXES))
     ]
     if missing:
         near = difflib.get_close_matches(missing[0], unknown, n=1)
@@ -117,14 +164,15 @@ def _match_tensors(
             "config.json and the weights are not of the same model"
         )
     shapes = parameter_shapes(config)
-    for name, path in table.items():
-        expected = names.leaf_at(shapes, path).shape
-        if stored[name].shape != expected:
+    for region in regions:
+        expected = stored_shape(region, names.leaf_at(shapes, region.path).shape)
+        tensor = stored[region.name]
+        if tensor.shape != expected:
             raise UserError(
-                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, "
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, "
                 f"config.json makes it {list(expected)}; they are not of the same model"
             )
-    return table
+    return regions
 
 
 def _check_tied_head(directory: Path, stored: dict[str, StoredTensor]) -> None:
@@ -149,17 +197,16 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return all(np.array_equal(a[i : i + _STEP], b[i : i + _STEP]) for i in starts)
 
 
-def _cast_to_own_memory(values: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+def _own_memory(tensor: StoredTensor, dtype: jnp.dtype) -> np.ndarray:
     """A copy in `dtype`, in whole pages of its own, which XLA on CPU takes as they are.
 
     numpy asks for huge pages, which a virtual machine may not hold yet: fetching them from its
     host takes several times as long as the copy.
     """
-    dtype = np.dtype(dtype)
+    dtype, size = np.dtype(dtype), math.prod(tensor.shape)
     pages = mmap.mmap(
-        -1, max(values.size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        -1, max(size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
-    out = np.frombuffer(pages, dtype, values.size).reshape(values.shape)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(out, values, casting="unsafe")
+    out = np.frombuffer(pages, dtype, size).reshape(tensor.shape)
+    tensor.read_into(out)
     return out

@@ -87,8 +87,10 @@ def _wait_for_orphans(directory: Path) -> None:
         time.sleep(0.02)
 
 
-def open_orbax(config: ModelConfig, directory: Path) -> dict[names.Path, StoredTensor]:
-    """The stored tensor of each parameter of `Decoder(config)`, by its path in the tree.
+def open_orbax(
+    config: ModelConfig, directory: Path
+) -> tuple[ModelConfig, dict[names.Path, StoredTensor]]:
+    """The model that is stored and the tensor of each parameter, by its path in the tree.
 
     Raises:
       UserError: a broken checkpoint, or one whose parameters are not those of `config`.
@@ -106,6 +108,7 @@ def open_orbax(config: ModelConfig, directory: Path) -> dict[names.Path, StoredT
                 tensors[tuple(name.split("."))] = _open_array(path, database, name, _DRIVERS[file])
     except (ValueError, OSError) as error:
         raise _broken(path, error) from None
+    config = names.fit_config(config, map("/".join, tensors))
     check_tree(config, names.unflatten(tensors), directory)
     for tensor in tensors.values():
         if tensor.dtype not in _FLOATS:
@@ -113,7 +116,7 @@ def open_orbax(config: ModelConfig, directory: Path) -> dict[names.Path, StoredT
                 f"{path}: parameter {tensor.name} is stored as {tensor.dtype.name}, which is not "
                 f"read; save it as one of {', '.join(dtype.name for dtype in _FLOATS)}"
             )
-    return tensors
+    return config, tensors
 
 
 def _open_array(path: Path, database: dict[str, Any], name: str, driver: str) -> StoredTensor:

@@ -5,6 +5,7 @@ unpickling anything but tensors.
 """
 
 import dataclasses
+import functools
 import json
 import mmap
 import pickle
@@ -23,6 +24,10 @@ from qwen_jax.json_fields import read_json, shown
 SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16,
                        "BF16": ml_dtypes.bfloat16}  # fmt: skip
 
+# What quantised weights consist of besides.
+QUANTISED_DTYPES = {"I32": np.int32, "I8": np.int8, "U8": np.uint8,
+                    "F8_E4M3": ml_dtypes.float8_e4m3fn}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
@@ -35,6 +40,8 @@ class StoredTensor:
       dtype: as stored.
       read: its values, where possible a read-only view of the mapped file, so that they cost no
         memory of their own.
+      parts: the tensors that this one is a stack of; empty if it is none.
+      quantised: whether `read` gives a `QuantizedWeight` of numpy arrays.
     """
 
     name: str
@@ -42,18 +49,34 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    parts: tuple["StoredTensor", ...] = ()
+    quantised: bool = False
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Casts the values into `out`; a stack's parts one after another."""
+        for place, part in zip(out, self.parts, strict=True) if self.parts else ():
+            part.read_into(place)
+        if not self.parts:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(out, self.read(), casting="unsafe")
 
 
-def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+def open_checkpoint(directory: Path, quantised: bool = False) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint directory, by name, in file order.
 
     Safetensors are preferred to `.bin` where a directory has both, as transformers prefers them.
 
+    Args:
+      directory: holds the tensor files.
+      quantised: whether the dtypes that quantised weights consist of are read too.
+
     Raises:
-      UserError: no weights, a broken or truncated file, an index that contradicts its shards.
+      UserError: no weights, a broken or truncated file, an index that contradicts its shards, a
+        dtype that is not read.
     """
     for single, open_file in (("model.safetensors", _open_safetensors),
                               ("pytorch_model.bin", _open_bin)):  # fmt: skip
+        open_file = functools.partial(open_file, quantised=quantised)
         if (directory / single).is_file():
             return open_file(directory / single)
         index = directory / f"{single}.index.json"
@@ -108,7 +131,8 @@ def _open_shards(
     return tensors
 
 
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+def _open_safetensors(path: Path, quantised: bool) -> dict[str, StoredTensor]:
+    known = SAFETENSORS_DTYPES | (QUANTISED_DTYPES if quantised else {})
     try:
         # Checks header, offsets and length, so that what follows may trust them.
         with safetensors.safe_open(path, framework="numpy"):
@@ -126,27 +150,27 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
+        if entry["dtype"] not in known:
             raise UserError(
                 f"{path}: tensor {printable(name)} is stored as {entry['dtype']}, which is not "
                 f"read; save it as one of {', '.join(SAFETENSORS_DTYPES)}"
             )
-        tensors[name] = _mapped_tensor(path, content, name, entry)
+        tensors[name] = _mapped_tensor(path, content, name, entry, known[entry["dtype"]])
     # The header need not be in the order of the data.
     return dict(sorted(tensors.items(), key=lambda item: header[item[0]]["data_offsets"]))
 
 
 def _mapped_tensor(
-    path: Path, content: np.ndarray, name: str, entry: dict[str, Any]
+    path: Path, content: np.ndarray, name: str, entry: dict[str, Any], dtype: type
 ) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    shape, dtype = tuple(entry["shape"]), np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    shape, dtype = tuple(entry["shape"]), np.dtype(dtype)
     return StoredTensor(
         name, path, shape, dtype, lambda: content[begin:end].view(dtype).reshape(shape)
     )
 
 
-def _open_bin(path: Path) -> dict[str, StoredTensor]:
+def _open_bin(path: Path, quantised: bool) -> dict[str, StoredTensor]:
     try:
         import torch
     except ImportError:
@@ -171,10 +195,10 @@ def _open_bin(path: Path) -> dict[str, StoredTensor]:
             f"{path}: should hold a dict of tensors, holds a {type(content).__name__}; "
             "save the model's state_dict"
         )
-    return {name: _torch_tensor(path, name, value) for name, value in content.items()}
+    return {name: _torch_tensor(path, name, value, quantised) for name, value in content.items()}
 
 
-def _torch_tensor(path: Path, name: Any, value: Any) -> StoredTensor:
+def _torch_tensor(path: Path, name: Any, value: Any, quantised: bool) -> StoredTensor:
     import torch
 
     dtypes = {
@@ -183,6 +207,14 @@ def _torch_tensor(path: Path, name: Any, value: Any) -> StoredTensor:
         torch.float16: np.float16,
         torch.bfloat16: ml_dtypes.bfloat16,
     }
+    floats = ", ".join(map(str, dtypes))
+    if quantised:
+        dtypes |= {
+            torch.int32: np.int32,
+            torch.int8: np.int8,
+            torch.uint8: np.uint8,
+            torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+        }
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise UserError(
             f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; "
@@ -191,14 +223,16 @@ def _torch_tensor(path: Path, name: Any, value: Any) -> StoredTensor:
     if value.dtype not in dtypes:
         raise UserError(
             f"{path}: tensor {printable(name)} is stored as {value.dtype}, which is not read; "
-            f"save it as one of {', '.join(map(str, dtypes))}"
+            f"save it as one of {floats}"
         )
 
     def read() -> np.ndarray:
         plain = value.detach().contiguous()
-        # numpy has no bfloat16 of its own, so its bits travel as integers.
+        # numpy has no bfloat16 and no float8 of its own, so their bits travel as integers.
         if plain.dtype is torch.bfloat16:
             return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        if plain.dtype is torch.float8_e4m3fn:
+            return plain.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
         return plain.numpy()
 
     return StoredTensor(name, path, tuple(value.shape), np.dtype(dtypes[value.dtype]), read)

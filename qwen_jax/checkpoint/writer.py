@@ -17,6 +17,7 @@ import tqdm
 
 from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.regions import to_stored
 from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -104,13 +105,14 @@ def save_pretrained(
 def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """The checkpoint tensors that a parameter tree holds, by name."""
 
-    def tensor(name: str, leaf: jax.Array) -> StoredTensor:
-        return StoredTensor(name, None, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+    def tensor(path: names.Path) -> StoredTensor:
+        leaf = names.leaf_at(params, path)
+        return StoredTensor(
+            "/".join(path), None, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf)
+        )
 
-    return {
-        name: tensor(name, names.leaf_at(params, path))
-        for name, path in names.tensor_names(config).items()
-    }
+    regions = names.regions(config)
+    return to_stored(regions, {region.path: tensor(region.path) for region in regions})
 
 
 def write_tensors(

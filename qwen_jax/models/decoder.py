@@ -1,5 +1,6 @@
 """The decoder-only language model: embedding, layers, final norm, output head."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
@@ -10,15 +11,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.config import LayerKind, ModelConfig
-from qwen_jax.nn.attention import Attention, Tokens
-from qwen_jax.nn.cache import Cache, KeyValues, write_slots
-from qwen_jax.nn.linear import fetch_param, linear
+from qwen_jax.config import HeadKind, LayerKind, ModelConfig
+from qwen_jax.nn import dual_chunk
+from qwen_jax.nn.attention import Attention, DualChunk, Tokens
+from qwen_jax.nn.cache import Cache, KeyValues, init_cache, write_slots
+from qwen_jax.nn.delta_rule import DeltaState, GatedDeltaNet
+from qwen_jax.nn.linear import Linear, fetch_param, linear
 from qwen_jax.nn.mlp import SwiGLU
+from qwen_jax.nn.moe import Routing, SparseMoe
 from qwen_jax.nn.norms import RMSNorm
-from qwen_jax.nn.rope import inverse_frequencies, rotation
+from qwen_jax.nn.rope import inverse_frequencies, logn_scale, rotation
 
 LogitsAt = Literal["all", "last"] | jax.Array
+LayerCache = KeyValues | DeltaState
 
 
 @flax.struct.dataclass
@@ -26,36 +31,57 @@ class DecoderOutput:
     """What `Decoder` returns. Under `jit`, what the caller does not return costs nothing.
 
     Attributes:
-      logits: float32 [B, T, V], or [B, P, V] for the P positions asked for.
+      logits: float32 [B, T, V], or [B, P, V] for the P positions asked for; of a scoring head, with
+        its labels for V. None where the checkpoint has no output head.
       cache: the cache with this call's tokens in it; None if none was given.
       hidden_states: L + 1 arrays [B, T, D]: the embeddings, each layer's output, and in the last
         place the last layer's output after the final norm, as transformers counts them.
-      router: None, since no layer routes.
+      router: for each layer where its experts' tokens went, None for a dense layer.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     cache: Cache | None
     hidden_states: tuple[jax.Array, ...]
-    router: Any = None
+    router: tuple[Routing | None, ...]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: token mixer, then feed-forward."""
+    """Pre-norm residual block: token mixer, then feed-forward.
+
+    Attributes:
+      config: of the model.
+      kind: of the mixer.
+      is_sparse: whether the feed-forward block is a mixture of experts.
+    """
 
     config: ModelConfig
     kind: LayerKind
+    is_sparse: bool
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: Tokens, cache: KeyValues | None
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """[B, T, D] -> [B, T, D], and the layer's new cache."""
-        eps = self.config.rms_norm_eps
-        normed = RMSNorm(eps, name="input_layernorm")(x)
-        mixed, cache = Attention(self.config, self.kind, name="self_attn")(normed, tokens, cache)
+        self, x: jax.Array, tokens: Tokens, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+        """[B, T, D] -> [B, T, D], the layer's new cache, and where its tokens were routed."""
+        config = self.config
+        normed = _norm(config, RMSNorm, name="input_layernorm")(x)
+        if self.kind is LayerKind.LINEAR_ATTENTION:
+            mixer = GatedDeltaNet(config, name="linear_attn")
+            mixed, cache = mixer(normed, tokens.real, cache)
+        else:
+            mixer = Attention(config, self.kind, name="self_attn")
+            mixed, cache = mixer(normed, tokens, cache)
         x = x + mixed
-        normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        return x + SwiGLU(self.config, name="mlp")(normed), cache
+        normed = _norm(config, RMSNorm, name="post_attention_layernorm")(x)
+        if self.is_sparse:
+            y, routing = SparseMoe(config, name="mlp")(normed, tokens.real)
+        else:
+            y, routing = SwiGLU(config, name="mlp")(normed), None
+        return x + y, cache, routing
+
+
+def _norm(config: ModelConfig, kind: type[nn.Module], **options: Any) -> nn.Module:
+    return kind(config.rms_norm_eps, config.zero_centered_norm, **options)
 
 
 # Outside of `jit`, a forward pass runs a handful of compiled programs, one for all layers of a
@@ -63,6 +89,7 @@ class DecoderLayer(nn.Module):
 # their trace and XLA inlines the calls.
 _CompiledLayer = nn.jit(DecoderLayer)
 _CompiledNorm = nn.jit(RMSNorm)
+_CompiledLinear = nn.jit(Linear)
 _compiled_linear = jax.jit(linear, static_argnames="out_dtype")
 
 
@@ -77,11 +104,23 @@ class Decoder(nn.Module):
     def setup(self):
         """Declares the blocks; their names are the paths in the parameter tree."""
         config = self.config
+        sparse = config.moe.layers if config.moe else ()
         self.embed_tokens = _Embedding(config)
-        self.layers = [_CompiledLayer(config, kind) for kind in config.layer_types]
-        self.norm = _CompiledNorm(config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = _Embedding(config)
+        self.layers = [
+            _CompiledLayer(config, kind, i in sparse) for i, kind in enumerate(config.layer_types)
+        ]
+        self.norm = _norm(config, _CompiledNorm)
+        match config.head:
+            case HeadKind.VOCABULARY if not config.tie_word_embeddings:
+                self.lm_head = _Embedding(config)
+            case HeadKind.SCORE | HeadKind.SCORE_WITH_BIAS:
+                biased = config.head is HeadKind.SCORE_WITH_BIAS
+                self.score = _CompiledLinear(config.num_labels, biased)
+            case HeadKind.TWO_LAYER_SCORE:
+                self.score_0 = _CompiledLinear(config.hidden_size, True)
+                self.score_2 = _CompiledLinear(config.num_labels, True)
+        if config.mtp_layers:
+            self.mtp = _MtpHead(config)
 
     def __call__(
         self,
@@ -107,14 +146,10 @@ class Decoder(nn.Module):
           ValueError: arguments of another shape than these.
         """
         config = self.config
-        ids = jnp.asarray(input_ids, jnp.int32)
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids has {ids.ndim} axes; give token ids [batch, length]")
-        if positions is not None:
-            positions = jnp.asarray(positions, jnp.int32)
-        mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        ids, mask, positions = _checked(input_ids, attention_mask, positions)
         if cache is None:
             warn_if_longer(config, ids.shape[1])
+            cache_after = None
             tokens = _place(config, ids, mask, positions)
             layers = (None,) * config.num_hidden_layers
         else:
@@ -123,31 +158,85 @@ class Decoder(nn.Module):
                 cache = self._follow_length(cache, cache_after.frequencies_for)
             layers = cache.layers
         x = _embed(self.embed_tokens(), ids)
-        hidden_states, layers = self._run_layers(x, tokens, layers)
+        hidden_states, layers, router = self._run_layers(x, tokens, layers)
         x = self.norm(hidden_states[-1])
-        head = self.embed_tokens() if config.tie_word_embeddings else self.lm_head()
-        logits = _compiled_linear(_select(x, logits_at, mask), head, out_dtype=jnp.float32)
-        if cache is not None:
-            # A row that has outgrown its cache has lost tokens: better no numbers than wrong ones.
-            fits = cache_after.lengths <= cache_after.capacity
-            logits = jnp.where(fits[:, None, None], logits, jnp.nan)
+        if config.mtp_layers and self.is_initializing():
+            self.predict_next(x, ids)
         return DecoderOutput(
-            logits=logits,
+            logits=_of_those_that_fit(self._read(_select(x, logits_at, mask)), cache_after),
             cache=None if cache is None else cache_after.replace(layers=layers),
             hidden_states=(*hidden_states[:-1], x),
+            router=router,
         )
 
+    def predict_next(
+        self,
+        hidden_states: jax.Array,
+        next_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        logits_at: LogitsAt = "all",
+        step: int = 0,
+    ) -> DecoderOutput:
+        """Predicts the token after the next with the multi-token-prediction head.
+
+        Usage: `model.apply({"params": params}, hidden, next_ids, method="predict_next")`.
+
+        Args:
+          hidden_states: [B, T, D], the main pass's last (`out.hidden_states[-1]`), or to look
+            further ahead this head's own.
+          next_ids: int [B, T], at each place the token that follows it.
+          attention_mask, positions, logits_at: as for a pass, and by the same places.
+          cache: from `init_mtp_cache`, apart from the main one.
+          step: how many tokens further than the first; heads with several layers take them in turn.
+
+        Returns:
+          `logits` of the token after `next_ids`; `hidden_states` holds the head's one.
+        """
+        config = self.config
+        ids, mask, positions = _checked(next_ids, attention_mask, positions)
+        if cache is None:
+            cache_after, layer_cache = None, None
+            tokens = _place(config, ids, mask, positions)
+        else:
+            tokens, cache_after = _place_after(config, ids, mask, positions, cache)
+            (layer_cache,) = cache.layers
+        embedded = _embed(self.embed_tokens(), ids)
+        x, layer_cache, routing = self.mtp(embedded, hidden_states, tokens, layer_cache, step)
+        return DecoderOutput(
+            logits=_of_those_that_fit(self._read(_select(x, logits_at, mask)), cache_after),
+            cache=None if cache is None else cache_after.replace(layers=(layer_cache,)),
+            hidden_states=(x,),
+            router=(routing,),
+        )
+
+    def _read(self, x: jax.Array) -> jax.Array | None:
+        """What the output head makes of hidden states [B, P, D], in float32."""
+        config = self.config
+        match config.head:
+            case HeadKind.NONE:
+                return None
+            case HeadKind.VOCABULARY:
+                head = self.embed_tokens() if config.tie_word_embeddings else self.lm_head()
+                return _compiled_linear(x, head, out_dtype=jnp.float32)
+            case HeadKind.TWO_LAYER_SCORE:
+                return self.score_2(nn.relu(self.score_0(x))).astype(jnp.float32)
+            case _:
+                return self.score(x).astype(jnp.float32)
+
     def _run_layers(
-        self, x: jax.Array, tokens: Tokens, caches: tuple[KeyValues | None, ...]
-    ) -> tuple[list[jax.Array], tuple[KeyValues | None, ...]]:
-        """The input and every layer's output, and the layers' new caches."""
-        hidden_states, new_caches = [x], []
+        self, x: jax.Array, tokens: Tokens, caches: tuple[LayerCache | None, ...]
+    ) -> tuple[list[jax.Array], tuple[LayerCache | None, ...], tuple[Routing | None, ...]]:
+        """The input and every layer's output, the layers' new caches, and their routing."""
+        hidden_states, new_caches, router = [x], [], []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, tokens, cache)
+                x, cache, routing = layer(x, tokens, cache)
             hidden_states.append(x)
             new_caches.append(cache)
-        return hidden_states, tuple(new_caches)
+            router.append(routing)
+        return hidden_states, tuple(new_caches), tuple(router)
 
     def _follow_length(self, cache: Cache, longest: jax.Array) -> Cache:
         """`cache` as a text of `longest` tokens would have it.
@@ -155,20 +244,82 @@ class Decoder(nn.Module):
         Other frequencies change not only the rotation of cached keys but, from the second layer
         on, what they were computed from, so the cached tokens run through the layers again.
         """
-        spec, d = self.config.rope, self.config.head_dim
-        before = inverse_frequencies(spec, d, cache.frequencies_for)
-        stale = jnp.any(inverse_frequencies(spec, d, longest) != before) & jnp.any(cache.lengths)
+        config = self.config
+        before = inverse_frequencies(config.rope, config.rotary_dim, cache.frequencies_for)
+        after = inverse_frequencies(config.rope, config.rotary_dim, longest)
+        stale = jnp.any(after != before) & jnp.any(cache.lengths)
 
         def rebuild(decoder: "Decoder", cache: Cache) -> Cache:
-            tokens = Tokens(
-                slots=jnp.broadcast_to(jnp.arange(cache.capacity), cache.ids.shape),
-                key_valid=None,
-                rotation=rotation(spec, d, cache.positions, longest),
+            slots = jnp.broadcast_to(jnp.arange(cache.capacity), cache.ids.shape)
+            real = slots < cache.lengths[:, None]
+            tokens = _tokens(
+                config, slots, real, None, cache.positions, longest, cache.positions, cache.lengths
             )
             x = _embed(decoder.embed_tokens(), cache.ids)
-            return cache.replace(layers=decoder._run_layers(x, tokens, cache.layers)[1])
+            batch = cache.ids.shape[0]
+            states = init_cache(config, batch, 0, x.dtype).layers
+            layers = tuple(
+                layer if isinstance(layer, KeyValues) else state
+                for layer, state in zip(cache.layers, states, strict=True)
+            )
+            return cache.replace(layers=decoder._run_layers(x, tokens, layers)[1])
 
         return nn.cond(stale, rebuild, lambda decoder, cache: cache, self, cache)
+
+
+class _MtpHead(nn.Module):
+    """Joins the next token's embedding to the hidden state and runs a layer of its own on both.
+
+    The order within the joint vector is that of the published `fc`: embedding, then hidden state.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the blocks."""
+        config = mtp_config(self.config)
+        self.pre_fc_norm_embedding = _norm(config, _CompiledNorm)
+        self.pre_fc_norm_hidden = _norm(config, _CompiledNorm)
+        self.fc = _CompiledLinear(config.hidden_size, stddev=config.initializer_range)
+        (kind,) = config.layer_types
+        self.layers = [
+            _CompiledLayer(config, kind, config.moe is not None)
+            for _ in range(self.config.mtp_layers)
+        ]
+        self.norm = _norm(config, _CompiledNorm)
+
+    def __call__(
+        self,
+        embedded: jax.Array,
+        hidden: jax.Array,
+        tokens: Tokens,
+        cache: KeyValues | None,
+        step: int,
+    ) -> tuple[jax.Array, KeyValues | None, Routing | None]:
+        """[B, T, D] twice -> [B, T, D], the layer's new cache and its routing."""
+        both = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
+        x = self.fc(jnp.concatenate(both, axis=-1))
+        layers = range(len(self.layers)) if self.is_initializing() else (step % len(self.layers),)
+        for i in layers:
+            x, cache, routing = self.layers[i](x, tokens, cache)
+        return self.norm(x), cache, routing
+
+
+def mtp_config(config: ModelConfig) -> ModelConfig:
+    """What a layer of the MTP head of `config` is: one of full attention, sparse if any is."""
+    moe = config.moe
+    return dataclasses.replace(
+        config,
+        layer_types=(LayerKind.FULL_ATTENTION,),
+        delta=None,
+        moe=None if moe is None else dataclasses.replace(moe, layers=(0,)),
+        mtp_layers=0,
+    )
+
+
+def init_mtp_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`."""
+    return init_cache(mtp_config(config), batch, capacity, dtype)
 
 
 class _Embedding(nn.Module):
@@ -188,6 +339,53 @@ def _embed(table: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(table, jnp.where(ids < 0, table.shape[0], ids), axis=0, mode="fill")
 
 
+def _checked(
+    input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Token ids, mask and positions of a call in the dtypes that are computed with."""
+    ids = jnp.asarray(input_ids, jnp.int32)
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids has {ids.ndim} axes; give token ids [batch, length]")
+    mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+    return ids, mask, None if positions is None else jnp.asarray(positions, jnp.int32)
+
+
+def _tokens(
+    config: ModelConfig,
+    slots: jax.Array,
+    real: jax.Array | None,
+    key_valid: jax.Array | None,
+    positions: jax.Array,
+    frequencies_for: jax.Array,
+    key_positions: jax.Array,
+    lengths: jax.Array,
+) -> Tokens:
+    """Tokens at `positions`; `lengths` [B] are those of the rows with this call's tokens."""
+
+    def rotated(positions: jax.Array):
+        return rotation(config.rope, config.rotary_dim, positions, frequencies_for)
+
+    spec, dual = config.dual_chunk, None
+    place = positions
+    if spec is not None:
+        place, successive, inter = dual_chunk.query_positions(spec, positions)
+        dual = DualChunk(
+            successive=rotated(successive),
+            inter=rotated(inter),
+            query_chunks=dual_chunk.chunks(spec, positions),
+            key_chunks=dual_chunk.chunks(spec, key_positions),
+            scale=dual_chunk.length_scale(spec, lengths),
+        )
+    return Tokens(
+        slots=slots,
+        real=real,
+        key_valid=key_valid,
+        rotation=rotated(place),
+        query_scale=config.logn_length and logn_scale(positions, config.logn_length),
+        dual_chunk=dual,
+    )
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _place(
     config: ModelConfig, ids: jax.Array, mask: jax.Array | None, positions: jax.Array | None
@@ -195,8 +393,9 @@ def _place(
     """Where the tokens of a call without a cache stand: in order, padding included."""
     order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     positions = order if positions is None else jnp.broadcast_to(positions, ids.shape)
-    rotated = rotation(config.rope, config.head_dim, positions, positions.max() + 1)
-    return Tokens(slots=order, key_valid=mask, rotation=rotated)
+    lengths = jnp.full(ids.shape[0], ids.shape[1]) if mask is None else mask.sum(axis=1)
+    frequencies_for = lengths if config.rope.depends_on_prompt else positions.max() + 1
+    return _tokens(config, order, mask, mask, positions, frequencies_for, positions, lengths)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -212,20 +411,36 @@ def _place_after(
         positions = cache.next_positions[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(positions, ids.shape)
     next_positions = jnp.maximum(cache.next_positions, positions.max(axis=1) + 1)
-    # The longest row sets the frequencies of the whole batch, as in transformers.
-    longest = next_positions.max()
     real = jnp.ones_like(ids) if mask is None else mask.astype(jnp.int32)
     order = jnp.cumsum(real, axis=1)
+    lengths = cache.lengths + order[:, -1]
+    if config.rope.depends_on_prompt:
+        frequencies_for = jnp.where(cache.lengths == 0, lengths, cache.frequencies_for)
+    else:
+        # The longest row sets the frequencies of the whole batch, as in transformers.
+        frequencies_for = jnp.full_like(cache.frequencies_for, next_positions.max())
     slots = jnp.where(real, cache.lengths[:, None] + order - 1, cache.capacity)
     cache = cache.replace(
-        lengths=cache.lengths + order[:, -1],
+        lengths=lengths,
         next_positions=next_positions,
-        frequencies_for=longest,
+        frequencies_for=frequencies_for,
         positions=write_slots(cache.positions, slots, positions),
         ids=write_slots(cache.ids, slots, ids),
     )
-    rotated = rotation(config.rope, config.head_dim, positions, longest)
-    return Tokens(slots=slots, key_valid=None, rotation=rotated), cache
+    tokens = _tokens(
+        config, slots, mask, None, positions, frequencies_for, cache.positions, lengths
+    )
+    return tokens, cache
+
+
+def _of_those_that_fit(logits: jax.Array | None, cache: Cache | None) -> jax.Array | None:
+    """`logits`, NaN in rows that have outgrown their cache.
+
+    Such a row has lost tokens: better no numbers than wrong ones.
+    """
+    if logits is None or cache is None:
+        return logits
+    return jnp.where((cache.lengths <= cache.capacity)[:, None, None], logits, jnp.nan)
 
 
 def _select(x: jax.Array, logits_at: LogitsAt, mask: jax.Array | None) -> jax.Array:

@@ -1,10 +1,11 @@
-"""Keys and values of the tokens seen so far: an explicit pytree, in and out of `apply`."""
+"""What a decoder remembers of the tokens so far: an explicit pytree, in and out of `apply`."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import LayerKind, ModelConfig
+from qwen_jax.nn.delta_rule import DeltaState, init_delta_state
 
 
 @flax.struct.dataclass
@@ -22,15 +23,15 @@ class Cache:
     Only real tokens take a slot, first to last without gaps, whatever the padding of the calls.
 
     Attributes:
-      layers: `KeyValues` of each layer.
+      layers: `KeyValues` of each attention layer, `DeltaState` of each linear-attention layer.
       lengths: int32 [B], filled slots.
       next_positions: int32 [B], one past the largest position that a row has seen.
-      frequencies_for: int32 [], the length of text whose rotary frequencies the keys have.
+      frequencies_for: int32 [B], the length of text whose rotary frequencies the keys have.
       positions, ids: int32 [B, S], each slot's token, for running it again when a RoPE that
         depends on the length of the text changes what the layers made of it.
     """
 
-    layers: tuple[KeyValues, ...]
+    layers: tuple[KeyValues | DeltaState, ...]
     lengths: jax.Array
     next_positions: jax.Array
     frequencies_for: jax.Array
@@ -42,17 +43,26 @@ class Cache:
         """S, the number of slots in a row."""
         return self.positions.shape[1]
 
+    @property
+    def can_rewind(self) -> bool:
+        """Whether tokens can be taken off again; a state that sums them up keeps them."""
+        return all(isinstance(layer, KeyValues) for layer in self.layers)
+
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """An empty cache of `batch` rows with `capacity` slots, keys and values of `dtype`."""
     shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+
+    def layer(kind: LayerKind) -> KeyValues | DeltaState:
+        if kind is LayerKind.LINEAR_ATTENTION:
+            return init_delta_state(config, batch, dtype)
+        return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
     return Cache(
-        layers=tuple(
-            KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layer_types
-        ),
+        layers=tuple(map(layer, config.layer_types)),
         lengths=jnp.zeros(batch, jnp.int32),
         next_positions=jnp.zeros(batch, jnp.int32),
-        frequencies_for=jnp.zeros((), jnp.int32),
+        frequencies_for=jnp.zeros(batch, jnp.int32),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         ids=jnp.zeros((batch, capacity), jnp.int32),
     )
@@ -65,13 +75,21 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
 
-    slots = (cache.layers, cache.positions, cache.ids)
-    layers, positions, ids = jax.tree.map(pad, slots)
-    return cache.replace(layers=layers, positions=positions, ids=ids)
+    layers = tuple(
+        jax.tree.map(pad, layer) if isinstance(layer, KeyValues) else layer
+        for layer in cache.layers
+    )
+    return cache.replace(layers=layers, positions=pad(cache.positions), ids=pad(cache.ids))
 
 
 def rewind_cache(cache: Cache, length: int) -> Cache:
-    """The cache with only the first `length` tokens of each row, at positions 0 to length - 1."""
+    """The cache with only the first `length` tokens of each row, at positions 0 to length - 1.
+
+    Raises:
+      ValueError: the cache cannot be rewound.
+    """
+    if not cache.can_rewind:
+        raise ValueError("a cache with linear-attention states cannot be rewound")
     # Two arrays, since the cache is donated and a buffer can be given away once only.
     lengths, next_positions = (jnp.full_like(cache.lengths, length) for _ in range(2))
     return cache.replace(lengths=lengths, next_positions=next_positions)

@@ -1,15 +1,21 @@
 """Linear maps. Every product with a weight goes through `linear`."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.nn.quantized import QuantizedWeight, dequantize
+
+# Numbers of a quantised weight that are dense at once: a few megabytes, which caches hold.
+_DENSE_AT_ONCE = 1 << 20
+
 
 def linear(
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | QuantizedWeight,
     bias: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
@@ -20,17 +26,49 @@ def linear(
 
     Args:
       x: [..., in].
-      weight: [out, in].
+      weight: [out, in]; a quantised one is dequantised to x's dtype here and dropped again.
       bias: [out] or None.
       out_dtype: of the product, x's by default.
 
     Returns:
       [..., out].
     """
-    y = jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_dtype or x.dtype
-    )
+    out_dtype = out_dtype or x.dtype
+    multiply = _multiply_quantized if isinstance(weight, QuantizedWeight) else _multiply
+    y = multiply(x, weight, out_dtype)
     return y if bias is None else y + bias
+
+
+def _multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_dtype
+    )
+
+
+def _multiply_quantized(x: jax.Array, weight: QuantizedWeight, out_dtype: jnp.dtype) -> jax.Array:
+    """The product by blocks of rows, so that a block at a time is dense.
+
+    It takes a loop: XLA would otherwise unpack all layers of a model ahead of their turn, and in a
+    decode loop ahead of its first turn, and hold the dense copies at once.
+    """
+    n_out, n_in = weight.shape
+    most = max(min(_DENSE_AT_ONCE // n_in, n_out // 2), 1)
+    size = next(size for size in range(most, 0, -1) if n_out % size == 0)
+
+    # The backward pass dequantises again instead of keeping every block.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(start: jax.Array) -> jax.Array:
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        part = jax.tree.map(rows, weight.replace(group_of=None))
+        return _multiply(x, dequantize(part.replace(group_of=weight.group_of), x.dtype), out_dtype)
+
+    blocks = jax.lax.map(block, jnp.arange(0, n_out, size))
+    return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n_out)
+
+
+def as_dense(weight: jax.Array | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
+    """A quantised weight in `dtype`; a dense one as it is."""
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight
 
 
 def fetch_param(

@@ -8,14 +8,20 @@ from qwen_jax.nn.linear import Linear
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, without biases (arXiv 2002.05202)."""
+    """`down(silu(gate(x)) * up(x))`, without biases (arXiv 2002.05202).
+
+    Attributes:
+      config: of the model.
+      width: F; None for `config.intermediate_size`.
+    """
 
     config: ModelConfig
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        F, D = self.config.intermediate_size, self.config.hidden_size
+        F, D = self.width or self.config.intermediate_size, self.config.hidden_size
         std = self.config.initializer_range
         gate = Linear(F, stddev=std, name="gate_proj")(x)
         up = Linear(F, stddev=std, name="up_proj")(x)

@@ -23,13 +23,28 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return weight * normed.astype(x.dtype)
 
 
+def zero_centered_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`(1 + weight) * x / rms(x)` over the last axis, cast back last; arguments as `rms_norm`."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """Declares `weight` [n] over the last axis and applies `rms_norm`."""
+    """Declares `weight` [n] over the last axis and applies one of the norms.
+
+    Attributes:
+      eps: added to the mean square.
+      zero_centered: whether the factor is 1 + weight.
+    """
 
     eps: float
+    zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., n] -> [..., n]."""
-        weight = fetch_param(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        return rms_norm(x, weight, self.eps)
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        weight = fetch_param(self, "weight", init, (x.shape[-1],))
+        norm = zero_centered_rms_norm if self.zero_centered else rms_norm
+        return norm(x, weight, self.eps)

@@ -283,10 +283,10 @@ source, target, target_format, where = sys.argv[1:]
 if where == "tensors":
     opened = conversion.open_model
     def open_model(*arguments):
-        tensors = opened(*arguments)
-        middle = sorted(tensors)[len(tensors) // 2]
-        tensors[middle] = reader.dataclasses.replace(tensors[middle], read=wait)
-        return tensors
+        model = opened(*arguments)
+        middle = sorted(model.tensors)[len(model.tensors) // 2]
+        model.tensors[middle] = reader.dataclasses.replace(model.tensors[middle], read=wait)
+        return model
     conversion.open_model = open_model
 else:
     pathlib.Path.replace = wait

@@ -14,7 +14,7 @@ import torch
 
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
-from qwen_jax.checkpoint.names import leaf_at, tensor_names
+from qwen_jax.checkpoint.names import leaf_at, regions
 from tests.reference import random_reference, reference_logits, save_reference
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +28,7 @@ def bits(values) -> np.ndarray:
 
 
 def assert_equals_state_dict(model, params, state_dict, dtype=torch.float32):
-    names = tensor_names(model.config)
+    names = {region.name: region.path for region in regions(model.config)}
     assert len(jax.tree.leaves(params)) == len(names)
     for name, path in names.items():
         leaf = leaf_at(params, path)

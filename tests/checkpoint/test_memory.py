@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qwen_jax.checkpoint.names import leaf_at, tensor_names
+from qwen_jax.checkpoint.names import leaf_at, regions
 from qwen_jax.hf_config import read_hf_config
 from qwen_jax.models.decoder import parameter_shapes
 
@@ -71,7 +71,7 @@ def test_a_load_takes_less_than_twice_the_largest_tensor_beside_the_parameters(
     safetensors.numpy.save_file(
         {
             name: np.resize(some, leaf_at(shapes, where).shape)
-            for name, where in tensor_names(config).items()
+            for name, where in ((region.name, region.path) for region in regions(config))
         },
         path,
         metadata={"format": "pt"},

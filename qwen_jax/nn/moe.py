@@ -1,0 +1,474 @@
+"""Mixtures of experts: the router, five ways to run the chosen experts, and the block of both.
+
+Here N is the number of tokens, E of experts, k of experts a token goes to, F an expert's width.
+"""
+
+import enum
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import ModelConfig, MoeSpec
+from qwen_jax.errors import UserError
+from qwen_jax.nn.linear import Linear, as_dense, fetch_param, linear
+from qwen_jax.nn.mlp import SwiGLU
+
+# One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
+Leaf = Any
+
+
+class Dispatch(enum.StrEnum):
+    """How tokens get to their experts. Where nothing is dropped, all compute the same.
+
+    Attributes:
+      DENSE: every expert runs every token; E / k times the work, in the fewest products.
+      SORTED: tokens in order of their experts, block by block, each block of one expert. Drops
+        nothing, holds nothing of size E times N, reads the experts that were chosen only.
+      RAGGED: all tokens in one product over groups of uneven size. Made for TPUs; elsewhere XLA
+        spells it out to [E, N * k, D].
+      GATHER: SORTED in blocks of one, for the few tokens of a decoding step.
+      CAPACITY: each expert has a buffer of one size; the tokens that find it full are dropped.
+    """
+
+    DENSE = "dense"
+    SORTED = "sorted"
+    RAGGED = "ragged"
+    GATHER = "gather"
+    CAPACITY = "capacity"
+
+
+@flax.struct.dataclass
+class Routing:
+    """Where the router sends tokens. Under `jit`, fields that nobody reads cost nothing.
+
+    Attributes:
+      logits: [..., E], in the activations' dtype.
+      experts: int32 [..., k], the likeliest first; E where the token was dropped.
+      weights: [..., k] in the logits' dtype, what the experts' outputs are multiplied with.
+      counts: int32 [E], real tokens that chose each expert, the dropped ones included.
+      dropped: int32 [], how many choices of real tokens found no place.
+    """
+
+    logits: jax.Array
+    experts: jax.Array
+    weights: jax.Array
+    counts: jax.Array
+    dropped: jax.Array
+
+
+def route(x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None = None) -> Routing:
+    """The k likeliest experts of each token.
+
+    The softmax is over all experts and in float32; the chosen probabilities are then divided by
+    their sum, or with `spec.renormalise` unset left as they are.
+
+    Args:
+      x: [..., D].
+      weight: [E, D].
+      spec: how many experts, and what their weights are.
+      real: bool [...], False for padding, which is routed but not counted; None for all real.
+    """
+    logits = linear(x, weight)
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, spec.num_experts_per_tok)
+    if spec.renormalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    experts = experts.astype(jnp.int32)
+    counted = experts if real is None else jnp.where(real[..., None], experts, spec.num_experts)
+    return Routing(
+        logits=logits,
+        experts=experts,
+        weights=weights.astype(logits.dtype),
+        counts=_count(counted, spec.num_experts),
+        dropped=jnp.zeros((), jnp.int32),
+    )
+
+
+def capacity_of(num_tokens: int, spec: MoeSpec, capacity_factor: float) -> int:
+    """Tokens that an expert takes: `capacity_factor` times its even share, rounded up.
+
+    Raises:
+      UserError: a factor that leaves no room for any token.
+    """
+    if not capacity_factor > 0:
+        raise UserError(f"capacity_factor = {capacity_factor} must be above 0")
+    return math.ceil(capacity_factor * num_tokens * spec.num_experts_per_tok / spec.num_experts)
+
+
+def limit_capacity(routing: Routing, capacity: int, real: jax.Array | None = None) -> Routing:
+    """`routing` without the choices that find their expert full.
+
+    Tokens are served in their order, whatever the rank of the choice, so that no token loses its
+    place to a later one of the same text. Padding is dropped too, takes no place and is not
+    counted. A dropped choice adds nothing: the token passes by the residual.
+
+    Args:
+      routing: of tokens [...].
+      capacity: places of each expert.
+      real: bool [...], False for padding; None for all real.
+    """
+    E = routing.logits.shape[-1]
+    wanted = routing.experts
+    if real is not None:
+        wanted = jnp.where(real[..., None], wanted, E)
+    kept = (_places(wanted, E) < capacity) & (wanted < E)
+    return routing.replace(
+        experts=jnp.where(kept, wanted, E),
+        weights=jnp.where(kept, routing.weights, 0),
+        dropped=jnp.sum((wanted < E) & ~kept, dtype=jnp.int32),
+    )
+
+
+def mix_experts(
+    x: jax.Array,
+    routing: Routing,
+    experts: Mapping[str, Leaf],
+    method: Dispatch,
+    capacity: int | None = None,
+) -> jax.Array:
+    """The weighted sum of the chosen experts' outputs, each `down(silu(gate(x)) * up(x))`.
+
+    An expert's output is multiplied with its weight in x's dtype, as the reference does; the sum
+    over experts is taken in float32, where the reference adds in x's dtype.
+
+    Args:
+      x: [..., D].
+      routing: of the same tokens.
+      experts: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F].
+      method: how.
+      capacity: the size that `limit_capacity` cut `routing` to, for `Dispatch.CAPACITY`.
+
+    Returns:
+      [..., D], in x's dtype.
+
+    Raises:
+      ValueError: a capacity without the method that takes it, or the method without it.
+    """
+    if (capacity is not None) != (method is Dispatch.CAPACITY):
+        raise ValueError(f"capacity = {capacity} with dispatch {method.value!r}")
+    E = routing.logits.shape[-1]
+    tokens = jnp.asarray(x).reshape(-1, x.shape[-1])
+    chosen, weights = (a.reshape(len(tokens), -1) for a in (routing.experts, routing.weights))
+    match method:
+        case Dispatch.SORTED | Dispatch.GATHER:
+            size = 1 if method is Dispatch.GATHER else _block_size(chosen.size, E)
+            out = _run_blocks(tokens, weights, dict(experts), _plan_blocks(chosen, E, size), size)
+        case Dispatch.DENSE:
+            out = _run_all(tokens, chosen, weights, _as_dense(experts, x.dtype), E)
+        case Dispatch.RAGGED:
+            out = _run_ragged(tokens, chosen, weights, _as_dense(experts, x.dtype), E)
+        case Dispatch.CAPACITY:
+            out = _run_buffers(tokens, chosen, weights, _as_dense(experts, x.dtype), E, capacity)
+    return out.astype(x.dtype).reshape(x.shape)
+
+
+def _as_dense(experts: Mapping[str, Leaf], dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Every leaf as one array [E, out, in], for products that run all experts at once."""
+    return {name: as_dense(leaf, dtype) for name, leaf in experts.items()}
+
+
+def _feed_forward(x: jax.Array, expert: Mapping[str, Leaf]) -> jax.Array:
+    """One expert on [..., D]."""
+    hidden = nn.silu(linear(x, expert["gate_proj"])) * linear(x, expert["up_proj"])
+    return linear(hidden, expert["down_proj"])
+
+
+def _count(experts: jax.Array, E: int) -> jax.Array:
+    """How often each of E experts occurs; int32, since bfloat16 and float32 stop counting."""
+    return jnp.zeros(E, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
+
+
+def _places(experts: jax.Array, E: int) -> jax.Array:
+    """How many choices before this one, in the order of the array, are of the same expert."""
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = _count(flat, E)
+    first = (jnp.cumsum(sizes) - sizes)[flat[order]]
+    places = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) - first)
+    return places.reshape(experts.shape)
+
+
+def _weigh(outputs: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32 sum over the k outputs [N, k, D] of each token."""
+    return jnp.sum((outputs * weights[..., None]).astype(jnp.float32), axis=1)
+
+
+def _run_all(
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, jax.Array], E: int
+) -> jax.Array:
+    # A copy of the tokens for each expert keeps E a batch axis of the products; without, XLA on
+    # CPU first makes transposed copies of the weights.
+    copies = jnp.broadcast_to(x, (E, *x.shape))
+    outputs = jax.vmap(_feed_forward, out_axes=1)(copies, experts)
+    # A token's k experts differ, so the sum only puts each weight in its place.
+    combine = jnp.sum(jax.nn.one_hot(chosen, E, dtype=x.dtype) * weights[..., None], axis=1)
+    return _weigh(outputs, combine)
+
+
+def _run_ragged(
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, jax.Array], E: int
+) -> jax.Array:
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = _count(flat, E)
+
+    def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, jnp.swapaxes(weight, 1, 2), sizes)
+
+    rows = x[order // chosen.shape[1]]
+    hidden = nn.silu(multiply(rows, experts["gate_proj"])) * multiply(rows, experts["up_proj"])
+    outputs = multiply(hidden, experts["down_proj"])
+    # Rows beyond the last group belong to no expert.
+    outputs = jnp.where((flat[order] < E)[:, None], outputs, 0)
+    back = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+    return _weigh(back.reshape(*chosen.shape, -1), weights)
+
+
+def _run_buffers(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    experts: dict[str, jax.Array],
+    E: int,
+    capacity: int,
+) -> jax.Array:
+    places = _places(chosen, E)
+    tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], chosen.shape)
+    buffers = jnp.zeros((E, capacity, x.shape[-1]), x.dtype)
+    buffers = buffers.at[chosen, places].set(x[tokens], mode="drop")
+    outputs = jax.vmap(_feed_forward)(buffers, experts)
+    return _weigh(outputs.at[chosen, places].get(mode="fill", fill_value=0), weights)
+
+
+@flax.struct.dataclass
+class _Blocks:
+    """Blocks of at most `size` choices of one expert, experts ascending.
+
+    Attributes:
+      order: int32 [N * k], the choices (token * k + slot) in order of their experts.
+      expert, start, stop: int32 [most], each block's expert, and its choices in `order`.
+      number: int32 [], how many blocks there are.
+    """
+
+    order: jax.Array
+    expert: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    number: jax.Array
+
+
+def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
+    flat = chosen.reshape(-1)
+    sizes = _count(flat, E)
+    ends = jnp.cumsum(sizes)
+    blocks = -(-sizes // size)
+    block_ends = jnp.cumsum(blocks)
+    # Every expert but those without tokens may leave one block that is not full.
+    most = flat.size // size + min(E, flat.size)
+    index = jnp.arange(most, dtype=jnp.int32)
+    expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
+    start = (ends - sizes)[expert] + (index - (block_ends - blocks)[expert]) * size
+    return _Blocks(
+        order=jnp.argsort(flat, stable=True).astype(jnp.int32),
+        expert=expert,
+        start=start,
+        stop=jnp.minimum(start + size, ends[expert]),
+        number=block_ends[-1],
+    )
+
+
+def _block_size(choices: int, E: int) -> int:
+    """Twice an expert's even share, so that most experts fill one block; a power of two."""
+    return min(max(1 << (2 * choices // E).bit_length(), 8), 128)
+
+
+def _take_expert(experts: dict[str, Leaf], index: jax.Array) -> dict[str, Leaf]:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), experts)
+
+
+def _rows(blocks: _Blocks, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The choices of block i, and which of them are within it."""
+    at = blocks.start[i] + jnp.arange(size)
+    return blocks.order.at[at].get(mode="clip"), at < blocks.stop[i]
+
+
+def _run_block(x: jax.Array, weights: jax.Array, expert: dict[str, Leaf]) -> jax.Array:
+    return _feed_forward(x, expert) * weights[:, None]
+
+
+def _send(valid: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    """`index` where `valid`, elsewhere distinct places past the end of an array of `size`."""
+    return jnp.where(valid, index, size + jnp.arange(len(index)))
+
+
+# Differentiating the loop would keep, or sum, an array of all experts' weights for each block, so
+# the backward pass is a loop of its own.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _run_blocks(
+    x: jax.Array, weights: jax.Array, experts: dict[str, Leaf], blocks: _Blocks, size: int
+) -> jax.Array:
+    """float32 [N, D], tokens [N, D] through the blocks of `size`, weighted with [N, k]."""
+    k = weights.shape[1]
+
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        choices, valid = _rows(blocks, i, size)
+        tokens = choices // k
+        expert = _take_expert(experts, blocks.expert[i])
+        y = _run_block(x[tokens], weights.reshape(-1)[choices], expert)
+        # A token meets an expert once, so the rows of a block are of different tokens.
+        places = _send(valid, tokens, len(x))
+        return out.at[places].add(y.astype(jnp.float32), mode="drop", unique_indices=True)
+
+    return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros(x.shape, jnp.float32))
+
+
+def _run_blocks_forward(x, weights, experts, blocks, size):
+    return _run_blocks(x, weights, experts, blocks, size), (x, weights, experts, blocks)
+
+
+def _run_blocks_backward(size, saved, cotangent):
+    """Runs each block again and pulls its cotangent back.
+
+    Blocks come in order of their experts, so the gradient of one expert is summed in float32 and
+    written over its place in the whole; no other array has the size of all experts.
+    """
+    x, weights, experts, blocks = saved
+    k = weights.shape[1]
+    leaves, structure = jax.tree.flatten(experts)
+    # Packed weights have integers, which have no gradient.
+    learned = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def body(i, carry):
+        dx, dweights, dexpert, dlearned = carry
+        choices, valid = _rows(blocks, i, size)
+        tokens, index = choices // k, blocks.expert[i]
+        expert = jax.tree.leaves(_take_expert(experts, index))
+
+        def run(x, weights, parts):
+            changed = dict(zip(learned, parts, strict=True))
+            all_parts = [changed.get(j, part) for j, part in enumerate(expert)]
+            return _run_block(x, weights, structure.unflatten(all_parts))
+
+        # Zeros in the rows of other experts, lest an overflow there meets the zero cotangent.
+        rows = jnp.where(valid[:, None], x[tokens], 0)
+        y, pull = jax.vjp(run, rows, weights.reshape(-1)[choices], [expert[j] for j in learned])
+        dy = jnp.where(valid[:, None], cotangent[tokens], 0).astype(y.dtype)
+        dx_rows, dweights_rows, parts = pull(dy)
+        dx = dx.at[_send(valid, tokens, len(x))].add(
+            dx_rows.astype(jnp.float32), mode="drop", unique_indices=True
+        )
+        dweights = dweights.at[_send(valid, choices, weights.size)].set(
+            dweights_rows, mode="drop", unique_indices=True
+        )
+        same = (i > 0) & (blocks.expert[i - 1] == index)
+        dexpert = [
+            jnp.where(same, before, 0) + part.astype(jnp.float32)
+            for before, part in zip(dexpert, parts, strict=True)
+        ]
+        dlearned = [
+            jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), index, 0)
+            for whole, part in zip(dlearned, dexpert, strict=True)
+        ]
+        return dx, dweights, dexpert, dlearned
+
+    start = (
+        jnp.zeros(x.shape, jnp.float32),
+        jnp.zeros(weights.size, weights.dtype),
+        [jnp.zeros(leaves[j].shape[1:], jnp.float32) for j in learned],
+        [jnp.zeros_like(leaves[j]) for j in learned],
+    )
+    dx, dweights, _, dlearned = jax.lax.fori_loop(0, blocks.number, body, start)
+    gradients = dict(zip(learned, dlearned, strict=True))
+    dexperts = structure.unflatten([gradients.get(j) for j in range(len(leaves))])
+    return dx.astype(x.dtype), dweights.reshape(weights.shape), dexperts, None
+
+
+_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+
+
+def choose_dispatch(num_tokens: int, spec: MoeSpec, platform: str) -> Dispatch:
+    """The fastest method that drops nothing and fits in memory at any size.
+
+    GATHER while there are no more choices than experts, so that few experts are read twice; then
+    SORTED, or RAGGED on a TPU. `benchmark.dispatch` measured the first two on CPU; the choice for
+    accelerators is one of memory, not of time.
+
+    Args:
+      num_tokens: N, padding included.
+      spec: of the layer.
+      platform: as `jax.default_backend()` names it.
+    """
+    if num_tokens * spec.num_experts_per_tok <= spec.num_experts:
+        return Dispatch.GATHER
+    return Dispatch.RAGGED if platform == "tpu" else Dispatch.SORTED
+
+
+class SparseMoe(nn.Module):
+    """The router, its experts, and where the config has one, the expert that all tokens go to.
+
+    Attributes:
+      config: with `moe`.
+      dispatch: how the experts run; None for `choose_dispatch`'s choice.
+      capacity_factor: of `Dispatch.CAPACITY`, and only of it.
+    """
+
+    config: ModelConfig
+    dispatch: Dispatch | None = None
+    capacity_factor: float | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """[B, T, D] -> [B, T, D], and where its tokens went; `real` bool [B, T], None for all."""
+        config, spec = self.config, self.config.moe
+        E, F, D = spec.num_experts, spec.intermediate_size, config.hidden_size
+        std = config.initializer_range
+        routing = route(x, _Weight((E, D), std, name="gate")(), spec, real)
+        experts = _Experts(E, F, D, std, name="experts")()
+        num_tokens = math.prod(x.shape[:-1])
+        method = self.dispatch or choose_dispatch(num_tokens, spec, jax.default_backend())
+        capacity = None
+        if (self.capacity_factor is not None) != (method is Dispatch.CAPACITY):
+            raise UserError(
+                f"capacity_factor = {self.capacity_factor} with dispatch = {method.value}: give a "
+                f"factor with dispatch = {Dispatch.CAPACITY.value}, and only there"
+            )
+        if self.capacity_factor is not None:
+            capacity = capacity_of(num_tokens, spec, self.capacity_factor)
+            routing = limit_capacity(routing, capacity, real)
+        y = mix_experts(x, routing, experts, method, capacity)
+        if spec.shared_intermediate_size is not None:
+            gate = nn.sigmoid(Linear(1, stddev=std, name="shared_expert_gate")(x))
+            y = y + gate * SwiGLU(config, spec.shared_intermediate_size, name="shared_expert")(x)
+        return y, routing
+
+
+class _Weight(nn.Module):
+    """Declares `weight` of `shape`."""
+
+    shape: tuple[int, ...]
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> Leaf:
+        return fetch_param(self, "weight", nn.initializers.normal(self.stddev), self.shape)
+
+
+class _Experts(nn.Module):
+    """Declares the three projections of all experts, as `mix_experts` takes them."""
+
+    E: int
+    F: int
+    D: int
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> dict[str, Leaf]:
+        wide, narrow = (self.E, self.F, self.D), (self.E, self.D, self.F)
+        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        return {name: _Weight(shape, self.stddev, name=name)() for name, shape in shapes.items()}
