@@ -5,6 +5,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 from qwen_jax.errors import UserError
 
@@ -284,6 +285,26 @@ class ModelConfig:
     def num_hidden_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layer_types)
+
+    def with_layers(self, indices: Sequence[int]) -> "ModelConfig":
+        """The same model with only the layers at `indices`, in that order.
+
+        Raises:
+          UserError: an index that no layer has.
+        """
+        for i in indices:
+            if not 0 <= i < self.num_hidden_layers:
+                raise UserError(
+                    f"layer {i} is not one of the model's {self.num_hidden_layers}; count from 0"
+                )
+        moe = self.moe
+        if moe is not None:
+            sparse = tuple(new for new, old in enumerate(indices) if old in moe.layers)
+            moe = dataclasses.replace(moe, layers=sparse) if sparse else None
+        layer_types = tuple(self.layer_types[i] for i in indices)
+        linear = LayerKind.LINEAR_ATTENTION in layer_types
+        delta = self.delta if linear else None
+        return dataclasses.replace(self, layer_types=layer_types, moe=moe, delta=delta)
 
     def exceeds_positions(self, length: int) -> bool:
         """Whether `length` tokens are more than the declared positions, with RoPE unscaled."""

@@ -194,9 +194,12 @@ _ONLY = {
     "use_mrope": False,
 }
 
+# It says how tensors are stored and nothing of the model: `checkpoint.quantised` reads it.
+_OF_STORAGE = "quantization_config"
+
 # Where removing the field, as `_refuse_leftovers` advises, would not help.
 _WHY_REFUSED = dict.fromkeys(
-    ("quantization_config", "quantization", "compression_config"),
+    ("quantization", "compression_config"),
     "quantised tensors are not read; use the unquantised checkpoint",
 )
 
@@ -262,7 +265,7 @@ def _refuse_leftovers(fields: Fields) -> None:
                 raise fields.refuse(name, value, f"only {shown(_ONLY[name])} is")
             continue
         # Null and empty ask for nothing; false may ask for a mechanism to be left out.
-        if name in _INERT or value in (None, [], {}, ""):
+        if name in _INERT or name == _OF_STORAGE or value in (None, [], {}, ""):
             continue
         why = "it may change the logits; remove the field if you know that it does not"
         raise fields.refuse(name, value, _WHY_REFUSED.get(name, why))

@@ -1,7 +1,7 @@
 """From the name of a published checkpoint to a model that runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
 from qwen_jax.json_fields import read_json_object
 from qwen_jax.models.decoder import Decoder
 
+Weights = Literal["dense", "packed"]
+
 
 def load_pretrained(
     source: str | Path,
@@ -22,6 +24,7 @@ def load_pretrained(
     *,
     rope_scaling: dict[str, Any] | None = None,
     allow_nonfinite: bool = True,
+    weights: Weights = "dense",
 ) -> tuple[Decoder, dict[str, Any]]:
     """Loads a published checkpoint.
 
@@ -32,6 +35,8 @@ def load_pretrained(
       rope_scaling: replaces the checkpoint's, the dict that config.json would hold, such as
         `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
+      weights: of a quantised checkpoint: "dense" dequantises them here, "packed" keeps them as they
+        are and dequantises within each product, for less memory and more work.
 
     Returns:
       The model and its parameters: `model.apply({"params": params}, input_ids)`.
@@ -39,12 +44,16 @@ def load_pretrained(
     Raises:
       UserError: whatever is wrong with the source, in one line that names file, field or tensor.
     """
+    if weights not in get_args(Weights):
+        raise UserError(
+            f"weights = {weights} is not supported; known: {', '.join(get_args(Weights))}"
+        )
     directory = resolve_source(source)
     config = load_config(directory)
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     dtype = _resolve_dtype(dtype, config)
-    stored = open_model(config, directory)
+    stored = open_model(config, directory, packed=weights == "packed")
     params = load_params(stored.tensors, directory, dtype, allow_nonfinite)
     return Decoder(stored.config), params
 
@@ -56,6 +65,11 @@ def _resolve_dtype(dtype: jnp.dtype | str | None, config: ModelConfig) -> jnp.dt
     if name not in DTYPES:
         raise UserError(f"dtype = {name} is not supported; known: {', '.join(DTYPES)}")
     return jnp.dtype(name)
+
+
+def parameter_bytes(params: Any) -> int:
+    """The memory that parameters take, packed ones as they are packed."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def load_tokenizer(source: str | Path) -> text.Tokenizer:

@@ -2,9 +2,9 @@
 
     python -m tools.chat --model=DIR
 
-Answers stream. The cache is kept between turns. An interrupt (Ctrl-C) stops an answer and forgets
-the turn; an empty line is ignored; /reset starts anew; /exit or the end of the input (Ctrl-D)
-leaves.
+Answers stream; on a terminal, reasoning is dimmed, and --thinking_budget bounds it. The cache is
+kept between turns. An interrupt (Ctrl-C) stops an answer and forgets the turn; an empty line is
+ignored; /reset starts anew; /exit or the end of the input (Ctrl-D) leaves.
 """
 
 import sys
@@ -12,10 +12,14 @@ import sys
 from absl import flags
 
 from qwen_jax.errors import UserError
+from qwen_jax.inference.completion import ends_inside_reasoning
 from qwen_jax.inference.conversation import Conversation
+from qwen_jax.text import ReplyParser
+from qwen_jax.text.parsing import Event, Problem, Reasoning
 from tools import command_line, text_flags
 
 _SYSTEM = flags.DEFINE_string("system", None, "The system message.")
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _STATS = flags.DEFINE_bool("stats", False, "Prints times after each answer, on stderr.")
 
 
@@ -57,7 +61,10 @@ def _new_conversation(session: text_flags.Session) -> Conversation:
 
 
 def _answer(session: text_flags.Session, conversation: Conversation, line: str) -> None:
-    session.check_length(conversation.prompt_ids(line), "the conversation")
+    prompt = conversation.prompt_ids(line)
+    session.check_length(prompt, "the conversation")
+    screen = _Screen(ends_inside_reasoning(session.tokenizer, prompt))
+    on_text = screen.write if sys.stdout.isatty() else _write
     _, timing = conversation.reply(
         line,
         session.max_new_tokens,
@@ -65,8 +72,11 @@ def _answer(session: text_flags.Session, conversation: Conversation, line: str) 
         session.stop_ids,
         text_flags.STOP.value,
         text_flags.SEED.value,
-        on_text=_write,
+        on_text=on_text,
+        thinking_budget=text_flags.THINKING_BUDGET.value,
     )
+    if sys.stdout.isatty():
+        screen.end()
     print(flush=True)
     if _STATS.value:
         print(
@@ -74,6 +84,33 @@ def _answer(session: text_flags.Session, conversation: Conversation, line: str) 
             f"{timing.tokens_per_s:.1f} tokens/s",
             file=sys.stderr,
         )
+
+
+class _Screen:
+    """Shows a reply on a terminal: reasoning dimmed and without its tags, all else as written."""
+
+    def __init__(self, thinking_open: bool):
+        self._parser = ReplyParser(thinking_open)
+        self._reasoned = False
+
+    def write(self, text: str) -> None:
+        self._show(self._parser.push(text))
+
+    def end(self) -> None:
+        self._show(self._parser.finish())
+
+    def _show(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Reasoning):
+                _write(f"{_DIM}{event.text}{_PLAIN}")
+                self._reasoned = True
+                continue
+            if self._reasoned and event.text:
+                _write("\n\n")
+                self._reasoned = False
+            _write(event.text)
+            if isinstance(event, Problem):
+                _write(f"\n({event.reason})")
 
 
 def _write(text: str) -> None:

@@ -3,14 +3,24 @@
 python -m tools.convert --source=Qwen/Qwen3-0.6B --target=/data/qwen3-0.6b --format=orbax
 python -m tools.convert --source=/data/qwen3-0.6b --target=/data/qwen3-0.6b-f32 --format=hf \\
   --dtype=float32
+python -m tools.convert --source=/data/qwen3-0.6b --target=/data/qwen3-0.6b-int4 --format=hf \\
+  --quantize=int4 --measure
 
 Tensors keep their bits unless --dtype is given; config.json, the tokenizer and the other files
 beside the weights come along. The target appears when it is complete, and not before.
+
+A quantised source (GPTQ, AWQ, FP8 or our own) is dequantised. --quantize rounds the linear layers
+and experts to 8 or 4 bits, with a scale for every 128 inputs, in a format that this package reads.
 """
+
+from pathlib import Path
 
 from absl import flags
 
-from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.checkpoint.conversion import QUANTIZATIONS, convert
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.errors import UserError
+from qwen_jax.evaluation.divergence import measure_divergence
 from qwen_jax.hf_config import DTYPES
 from tools.command_line import run
 
@@ -22,16 +32,36 @@ _FORMAT = flags.DEFINE_enum("format", None, ["hf", "orbax"], "Format to write.",
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, DTYPES, "Cast every tensor to this; otherwise each keeps its own."
 )
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, list(QUANTIZATIONS), "Round linear layers and experts to this."
+)
+_MEASURE = flags.DEFINE_bool(
+    "measure", False, "With --quantize: run both checkpoints, and print how far they differ."
+)
 
 
 def main() -> None:
     """Converts, then says what was written."""
-    written = convert(_SOURCE.value, _TARGET.value, _FORMAT.value, _DTYPE.value)
-    left_out = written.num_left_out
+    if _MEASURE.value and _QUANTIZE.value is None:
+        raise UserError("--measure needs --quantize: it is of what quantising changes")
+    written = convert(_SOURCE.value, _TARGET.value, _FORMAT.value, _DTYPE.value, _QUANTIZE.value)
+    notes = ", dequantised" if written.dequantised else ""
+    if _QUANTIZE.value is not None:
+        ratio = written.num_bytes / written.num_bytes_dense
+        notes += f", {_QUANTIZE.value}: {ratio:.2f} of the size unquantised"
+    if written.num_left_out:
+        notes += f"; left out {written.num_left_out} that are not text"
     print(
         f"wrote {_TARGET.value}: {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, "
-        f"{_FORMAT.value} format" + f"; left out {left_out} that are not text" * (left_out > 0)
+        f"{_FORMAT.value} format{notes}"
     )
+    if _MEASURE.value:
+        found = measure_divergence(resolve_source(_SOURCE.value), Path(_TARGET.value).expanduser())
+        print(
+            f"KL(original || quantised) {found.mean_kl:.2e} nats a token, top-1 agreement "
+            f"{found.top1_agreement:.1%}, over {found.num_tokens} "
+            f"{'tokens of text' if found.is_text else 'random tokens'}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,24 @@
     python -m tools.generate --model=DIR --prompt="Once upon a time"
     python -m tools.generate --model=Qwen/Qwen3-0.6B --chat --prompt="What is a mesh?"
     python -m tools.generate --model=DIR --input=prompts.jsonl --output=json
+    python -m tools.generate --model=Qwen/Qwen3-8B --chat --thinking_budget=200 --prompt="Why?"
+    python -m tools.generate --model=Qwen/Qwen2.5-Coder-7B --infill --input=holes.jsonl
 
-One prompt streams; several run in batches. A line of --input holds {"prompt": "..."} or, with
---chat, {"messages": [...], "tools": [...]} where tools may be left out. --output=json writes each
-line's fields and adds text, token_ids, prompt_tokens and finish_reason.
+One prompt streams; several run in batches. A line of --input holds
+
+* {"prompt": "..."}, or
+* with --chat, {"messages": [...], "tools": [...]} where tools may be left out, or
+* with --infill, {"prefix": "...", "suffix": "..."} of a file, whose middle is then written. With
+  {"repository": "name", "path": "a.py", "files": [{"path": "b.py", "content": "..."}]} besides,
+  other files of its repository come first.
+
+--output=json writes each line's fields and adds text, token_ids, prompt_tokens and finish_reason.
+With --chat it also takes the text apart: reasoning (null if there is none), content, tool_calls
+([{"name": "...", "arguments": {...}}]) and problems ([{"reason": "...", "text": "..."}], where
+broken tool calls are).
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,15 +29,29 @@ from typing import Any
 from absl import flags
 
 from qwen_jax.errors import UserError
-from qwen_jax.inference.completion import Completion, complete
+from qwen_jax.inference.completion import (
+    Completion,
+    ThinkingBudget,
+    complete,
+    ends_inside_reasoning,
+)
 from qwen_jax.inference.decoding import TokenStream
-from qwen_jax.text import Tokenizer
+from qwen_jax.text import (
+    Tokenizer,
+    file_infill,
+    infill_stop_ids,
+    parse_reply,
+    repository_infill,
+)
 from tools import command_line, text_flags
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeatable.")
 _INPUT = flags.DEFINE_string("input", None, "A JSONL file of prompts or of chat messages.")
 _CHAT = flags.DEFINE_bool("chat", False, "Prompts are what a user says to the assistant.")
 _SYSTEM = flags.DEFINE_string("system", None, "With --chat: the system message of --prompt.")
+_INFILL = flags.DEFINE_bool(
+    "infill", False, "Lines of --input are files with a hole: prefix and suffix."
+)
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "json: one object a line.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that run together.", lower_bound=1)
 
@@ -35,6 +61,9 @@ def main() -> None:
     requests = _read_requests()
     session = text_flags.open_session()
     prompts = [_prompt_ids(session, name, request) for name, request in requests]
+    stop_ids = session.stop_ids
+    if _INFILL.value:
+        stop_ids = (*(stop_ids or ()), *infill_stop_ids(session.tokenizer))
     streaming = len(prompts) == 1 and _OUTPUT.value == "text"
     for start in range(0, len(prompts), _BATCH_SIZE.value):
         batch = prompts[start : start + _BATCH_SIZE.value]
@@ -44,19 +73,32 @@ def main() -> None:
             batch,
             session.max_new_tokens,
             session.options,
-            session.stop_ids,
+            stop_ids,
             text_flags.SEED.value,
             first_row=start,
         )
         on_text = _write if streaming else lambda row, text: None
         completions, _ = complete(
-            stream, len(batch), session.tokenizer, text_flags.STOP.value, on_text
+            stream,
+            len(batch),
+            session.tokenizer,
+            text_flags.STOP.value,
+            on_text,
+            _thinking_budget(session.tokenizer, batch),
         )
         for i, completion in enumerate(completions, start):
             if streaming:
                 print()
             else:
-                _print_completion(i, len(prompts), requests[i][1], batch[i - start], completion)
+                record = {**requests[i][1], **_record(prompts[i], completion)}
+                if _CHAT.value:
+                    record |= _taken_apart(session.tokenizer, prompts[i], record)
+                _print_completion(i, len(prompts), record)
+
+
+def _thinking_budget(tokenizer: Tokenizer, prompts: list[list[int]]) -> ThinkingBudget | None:
+    limit = text_flags.THINKING_BUDGET.value
+    return None if limit is None else ThinkingBudget(limit, tokenizer, prompts)
 
 
 def _write(row: int, text: str) -> None:
@@ -65,20 +107,32 @@ def _write(row: int, text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_completion(
-    i: int, total: int, request: dict[str, Any], prompt: list[int], completion: Completion
-) -> None:
+def _record(prompt: list[int], completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "token_ids": completion.ids,
+        "prompt_tokens": len(prompt),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _taken_apart(tokenizer: Tokenizer, prompt: list[int], record: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a reply adds to a record."""
+    thinking_open = ends_inside_reasoning(tokenizer, prompt)
+    reply = parse_reply(record["text"], thinking_open, record.get("tools"))
+    return {
+        "reasoning": reply.reasoning,
+        "content": reply.content,
+        "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in reply.tool_calls],
+        "problems": [dataclasses.asdict(problem) for problem in reply.problems],
+    }
+
+
+def _print_completion(i: int, total: int, record: dict[str, Any]) -> None:
     if _OUTPUT.value == "json":
-        record = {
-            **request,
-            "text": completion.text,
-            "token_ids": completion.ids,
-            "prompt_tokens": len(prompt),
-            "finish_reason": completion.finish_reason,
-        }
         print(_as_json(record), flush=True)
     else:
-        print(f"--- {i + 1} of {total}\n{completion.text}", flush=True)
+        print(f"--- {i + 1} of {total}\n{record['text']}", flush=True)
 
 
 def _as_json(record: dict[str, Any]) -> str:
@@ -98,6 +152,10 @@ def _read_requests() -> list[tuple[str, dict[str, Any]]]:
         raise UserError("--system needs --chat and --prompt")
     if text_flags.THINKING.value is not None and not _CHAT.value:
         raise UserError("--thinking needs --chat: it is for the chat template")
+    if text_flags.THINKING_BUDGET.value is not None and not _CHAT.value:
+        raise UserError("--thinking_budget needs --chat: only there models think")
+    if _INFILL.value and (_CHAT.value or _PROMPT.value):
+        raise UserError("--infill takes --input=FILE.jsonl, and neither --chat nor --prompt")
     if _PROMPT.value:
         return [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(_PROMPT.value, 1)]
     path = Path(_INPUT.value)
@@ -125,6 +183,9 @@ def _parse_line(name: str, line: str) -> dict[str, Any]:
         raise UserError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(request, dict):
         raise UserError(f"{name}: should hold an object, holds a {type(request).__name__}")
+    if _INFILL.value:
+        _check_hole(name, request)
+        return request
     for field in ("messages", "tools"):
         if field in request and not _CHAT.value:
             raise UserError(f"{name}: {field} needs --chat")
@@ -134,6 +195,23 @@ def _parse_line(name: str, line: str) -> dict[str, Any]:
     if "prompt" in request and not isinstance(request["prompt"], str):
         raise UserError(f"{name}: prompt should be a string")
     return request
+
+
+_REPOSITORY = ("repository", "path", "files")
+
+
+def _check_hole(name: str, request: dict[str, Any]) -> None:
+    needed = ["prefix", "suffix"]
+    if any(field in request for field in _REPOSITORY):
+        needed += _REPOSITORY
+    missing = [field for field in needed if field not in request]
+    if missing:
+        raise UserError(f"{name}: needs {', '.join(missing)} besides {', '.join(request)}")
+    files = request.get("files", [])
+    if not isinstance(files, list) or not all(
+        isinstance(file, dict) and file.keys() >= {"path", "content"} for file in files
+    ):
+        raise UserError(f"{name}: files should be a list of objects with path and content")
 
 
 def _prompt_ids(session: text_flags.Session, name: str, request: dict[str, Any]) -> list[int]:
@@ -148,6 +226,17 @@ def _prompt_ids(session: text_flags.Session, name: str, request: dict[str, Any])
 
 
 def _encode(tokenizer: Tokenizer, request: dict[str, Any]) -> list[int]:
+    if _INFILL.value and "repository" in request:
+        return repository_infill(
+            tokenizer,
+            request["repository"],
+            [(file["path"], file["content"]) for file in request["files"]],
+            request["path"],
+            request["prefix"],
+            request["suffix"],
+        )
+    if _INFILL.value:
+        return file_infill(tokenizer, request["prefix"], request["suffix"])
     allow_special = text_flags.ALLOW_SPECIAL.value
     if not _CHAT.value:
         return tokenizer.encode(request["prompt"], allow_special=allow_special)

@@ -14,6 +14,7 @@ from qwen_jax.inference.defaults import load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import StopStrings, Tokenizer
+from tools import weights_flag
 
 MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
@@ -47,6 +48,12 @@ THINKING = flags.DEFINE_bool(
     "thinking",
     None,
     "The chat template's enable_thinking; its own default if not given.",
+)
+THINKING_BUDGET = flags.DEFINE_integer(
+    "thinking_budget",
+    None,
+    "Reasoning tokens after which the reasoning is closed and the answer follows; 0 for none.",
+    lower_bound=0,
 )
 ALLOW_SPECIAL = flags.DEFINE_bool(
     "allow_special", False, "Control tokens in the given text count; otherwise they are plain text."
@@ -119,7 +126,9 @@ def open_session() -> Session:
         DTYPE.value,
         rope_scaling=rope_scaling,
         allow_nonfinite=not REFUSE_NONFINITE.value,
+        weights=weights_flag.WEIGHTS.value,
     )
+    weights_flag.report_memory(directory, params)
     return Session(
         model=model,
         params=params,

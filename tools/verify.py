@@ -2,10 +2,13 @@
 
     python -m tools.verify --model=DIR
     python -m tools.verify --model=qwen3-0.6b
+    python -m tools.verify --model=qwen3-30b-a3b --layers=0,1
 
-A preset's name stands for random weights of its shape, biases and norms included. Prints the
+A preset's name stands for random weights of its shape, biases and norms included; `--layers` keeps
+some of its layers, where all would not fit into memory. Prints the
 largest differences by layer in float32, and exits with 1 when one is beyond --tolerance times the
-scale of what is compared. Needs requirements-dev.txt.
+scale of what is compared. A quantised checkpoint is compared with its weights dequantised. Needs
+requirements-dev.txt.
 """
 
 import tempfile
@@ -21,13 +24,16 @@ from qwen_jax.errors import UserError
 from qwen_jax.evaluation.parity import Parity, compare_with_reference
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
-from tools import command_line
+from tools import command_line, weights_flag
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory, hub id, or preset for random weights.", required=True
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to run; random tokens if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of random tokens.", lower_bound=1)
+_LAYERS = flags.DEFINE_list(
+    "layers", None, "Layers of a preset to keep, counted from 0, such as 2,3; all if not given."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random tokens and weights.", lower_bound=0)
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-4, "Accepted difference, as a fraction of the root mean square, at least 1."
@@ -39,9 +45,15 @@ def main() -> None:
     if not _TOLERANCE.value >= 0:
         raise UserError(f"--tolerance={_TOLERANCE.value:g} should be a number of at least 0")
     if not names_a_preset(_MODEL.value):
+        if _LAYERS.value is not None:
+            raise UserError("--layers is for a preset; a checkpoint runs as it is")
         _verify(resolve_source(_MODEL.value))
         return
     preset = get_preset(_MODEL.value)
+    if _LAYERS.value is not None:
+        if not _LAYERS.value or not all(i.isdecimal() for i in _LAYERS.value):
+            raise UserError(f"--layers={','.join(_LAYERS.value)} should be numbers, such as 2,3")
+        preset = preset.with_layers([int(i) for i in _LAYERS.value])
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / _MODEL.value.lower()
         write_random_checkpoint(preset, directory, _SEED.value)
@@ -57,7 +69,7 @@ def _verify(directory: Path) -> None:
     else:
         rng = np.random.default_rng(_SEED.value)
         ids = rng.integers(0, config.vocab_size, (1, _TOKENS.value))
-    parity = compare_with_reference(directory, ids)
+    parity = compare_with_reference(directory, ids, weights_flag.WEIGHTS.value)
     _print_table(parity)
     if not parity.worst.relative <= _TOLERANCE.value:
         raise UserError(

@@ -11,6 +11,12 @@ from qwen_jax.checkpoint import names, orbax_format
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import open_model
 from qwen_jax.checkpoint.nonfinite import all_finite
+from qwen_jax.checkpoint.quantised import (
+    FIELD,
+    load_quantization,
+    own_config,
+    own_pieces,
+)
 from qwen_jax.checkpoint.reader import StoredTensor
 from qwen_jax.checkpoint.regions import stack, to_stored
 from qwen_jax.checkpoint.writer import (
@@ -29,6 +35,9 @@ from qwen_jax.json_fields import read_json_object
 
 Format = Literal["hf", "orbax"]
 
+# What weights can be rounded to -> its bits.
+QUANTIZATIONS = {"int8": 8, "int4": 4}
+
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
@@ -38,11 +47,15 @@ class Converted:
       num_tensors: how many.
       num_bytes: that they take.
       num_left_out: tensors of the source's other towers, which are not text.
+      num_bytes_dense: that they would take if none were quantised.
+      dequantised: whether the source was quantised and the target is not, or not as the source.
     """
 
     num_tensors: int
     num_bytes: int
     num_left_out: int
+    num_bytes_dense: int
+    dequantised: bool
 
 
 def convert(
@@ -50,18 +63,22 @@ def convert(
     target: str | Path,
     target_format: Format,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Converted:
     """Writes the checkpoint `source` as the new directory `target`.
 
-    Tensors keep their bits, config.json and the files beside it are copied. The target appears
-    when it is complete, and not before.
+    Tensors keep their bits, config.json and the files beside it are copied. A quantised source is
+    dequantised, to the dtype that its config.json declares. The target appears when it is
+    complete, and not before.
 
     Args:
       source: a directory in Hugging Face or Orbax format, or a hub id.
       target: a directory that does not exist yet.
       target_format: "hf" for safetensors as transformers writes them, "orbax".
       dtype: that tensors are cast to and config.json then declares; None keeps each as it is.
+      quantize: int8 or int4, for the linear layers and experts, with `target_format` hf;
+        embeddings, heads, routers and what else is small stay as they are. None for none.
       max_shard_size: of a safetensors file, in bytes.
 
     Raises:
@@ -73,21 +90,52 @@ def convert(
     config = load_config(directory)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype} is not supported; known: {', '.join(DTYPES)}")
+    if quantize is not None and (quantize not in QUANTIZATIONS or target_format != "hf"):
+        raise UserError(
+            f"quantize = {quantize} is not supported in {target_format} format; "
+            f"known: {', '.join(QUANTIZATIONS)}, in hf format"
+        )
+    was_quantised = load_quantization(directory) is not None
     model = open_model(config, directory)
     tensors = model.tensors
+    if was_quantised and dtype is None:
+        dtype = config.dtype
     if dtype is not None:
         tensors = {path: _cast(directory, tensor, dtype) for path, tensor in tensors.items()}
+    dense = sum(map(num_bytes, tensors.values()))
     with new_directory(target) as partial:
-        _write_config(directory, partial, model.config, dtype)
+        _write_config(directory, partial, model.config, dtype, quantize)
         copy_companions(directory, partial)
         if target_format == "orbax":
             leaves = {path: tensor.read() for path, tensor in tensors.items()}
             orbax_format.save_orbax(partial, names.unflatten(leaves))
         else:
             # Under the names that transformers gives, whatever the source calls them.
-            tensors = to_stored(names.regions(model.config), tensors)
+            regions = names.regions(model.config)
+            tensors = to_stored(regions, tensors)
+            if quantize is not None:
+                others = {region.name for region in regions if not names.is_projection(region.path)}
+                tensors = _quantise(tensors, others, QUANTIZATIONS[quantize])
             write_tensors(partial, tensors, max_shard_size)
-    return Converted(len(tensors), sum(map(num_bytes, tensors.values())), len(model.left_out))
+    return Converted(
+        num_tensors=len(tensors),
+        num_bytes=sum(map(num_bytes, tensors.values())),
+        num_left_out=len(model.left_out),
+        num_bytes_dense=dense,
+        dequantised=was_quantised,
+    )
+
+
+def _quantise(
+    tensors: dict[str, StoredTensor], others: set[str], bits: int
+) -> dict[str, StoredTensor]:
+    """`tensors` with those but the `others` in pieces."""
+    pieces = {}
+    for name, tensor in tensors.items():
+        # Two codes share a byte.
+        plain = name in others or (bits == 4 and tensor.shape[-1] % 2)
+        pieces |= {name: tensor} if plain else own_pieces(name, tensor, bits)
+    return pieces
 
 
 def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
@@ -108,8 +156,10 @@ def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
     return dataclasses.replace(tensor, dtype=to, read=read)
 
 
-def _write_config(source: Path, target: Path, config: ModelConfig, dtype: str | None) -> None:
-    """config.json as it is, apart from the dtype and from what is written of the model."""
+def _write_config(
+    source: Path, target: Path, config: ModelConfig, dtype: str | None, quantize: str | None
+) -> None:
+    """config.json as it is, apart from what is written of the tensors and of the model."""
     raw = read_json_object(source / "config.json")
     changes: dict[str, Any] = {}
     is_tower = raw["model_type"] != config.family
@@ -120,6 +170,10 @@ def _write_config(source: Path, target: Path, config: ModelConfig, dtype: str | 
     if dtype is not None:
         spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
         changes |= dict.fromkeys(spellings, dtype)
+    # Of a quantised source, which always comes with a dtype to write.
+    raw.pop(FIELD, None)
+    if quantize is not None:
+        changes[FIELD] = own_config(QUANTIZATIONS[quantize])
     if changes or is_tower:
         write_json(target / "config.json", {**raw, **changes})
     else:

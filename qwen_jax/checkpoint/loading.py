@@ -16,11 +16,18 @@ import tqdm
 from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
 from qwen_jax.checkpoint.orbax_format import is_orbax, open_orbax
+from qwen_jax.checkpoint.quantised import (
+    dequantised,
+    drop_zero_biases,
+    load_quantization,
+    logical_tensors,
+)
 from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
 from qwen_jax.checkpoint.regions import in_file_order, stored_shape, to_parameters
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import parameter_shapes
+from qwen_jax.nn.quantized import QuantizedWeight
 
 # Tensors in flight: one is converted while the next is read. It bounds the memory beside the
 # parameters.
@@ -44,7 +51,7 @@ def load_params(
     Args:
       tensors: by their path in the tree.
       directory: that they come from, for messages.
-      dtype: of the parameters.
+      dtype: of the parameters, packed ones aside.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
 
     Returns:
@@ -55,8 +62,13 @@ def load_params(
     """
     bad: list[str] = []
 
-    def load(tensor: StoredTensor) -> jax.Array:
-        host = _own_memory(tensor, dtype)
+    def load(tensor: StoredTensor) -> jax.Array | QuantizedWeight:
+        if tensor.quantised:
+            host = jax.tree.map(lambda a: _own_memory(a.shape, a.dtype, a), tensor.read())
+            floats = [a for a in jax.tree.leaves(host) if jnp.issubdtype(a.dtype, jnp.floating)]
+            bad.extend([tensor.name] * (not all(map(all_finite, floats))))
+            return jax.device_put(host)
+        host = _own_memory(tensor.shape, dtype, tensor)
         if not all_finite(host):
             parts = zip(tensor.parts, host, strict=True) if tensor.parts else ((tensor, host),)
             bad.extend(part.name for part, values in parts if not all_finite(values))
@@ -86,27 +98,41 @@ class StoredModel:
     left_out: tuple[str, ...] = ()
 
 
-def open_model(config: ModelConfig, directory: Path) -> StoredModel:
+def open_model(config: ModelConfig, directory: Path, packed: bool = False) -> StoredModel:
     """Opens a Hugging Face or Orbax directory without reading any tensor.
 
     Args:
       config: as config.json has it.
-      directory: holds the tensor files.
+      directory: holds the tensor files, and config.json with what it says of quantised weights.
+      packed: whether the large matrices of a quantised checkpoint are read as they are stored,
+        which needs one; else all of it is dequantised.
 
     Raises:
       UserError: unknown, missing, duplicate or misshapen tensors, broken files.
     """
+    quantization = load_quantization(directory)
+    if packed and quantization is None:
+        raise UserError(f"{directory}: is not quantised, so that there are no packed weights")
     if is_orbax(directory):
+        if quantization is not None:
+            raise UserError(f"{directory}: quantised weights in Orbax format are not read")
         if any(directory.glob("*.safetensors")):
             raise UserError(f"{directory}: holds Orbax params and safetensors; keep one of them")
         return StoredModel(*open_orbax(config, directory))
-    files = open_checkpoint(directory)
+    files = open_checkpoint(directory, quantised=quantization is not None)
+    if quantization is not None:
+        files = logical_tensors(files, quantization)
     config = names.fit_config(config, files)
     stored = _by_canonical_name(config, directory, files)
-    regions = names.regions(config, names.holds_fused_experts(stored))
-    regions = _match_tensors(config, directory, stored, regions)
-    tensors = in_file_order(to_parameters(regions, stored), regions, stored)
     known = {tensor.name for tensor in stored.values()}
+    regions = names.regions(config, names.holds_fused_experts(stored))
+    stored = drop_zero_biases(stored, {region.name for region in regions})
+    regions = _match_tensors(config, directory, stored, regions)
+    tensors = {
+        path: tensor if packed and names.is_projection(path) else dequantised(tensor)
+        for path, tensor in to_parameters(regions, stored).items()
+    }
+    tensors = in_file_order(tensors, regions, stored)
     return StoredModel(config, tensors, tuple(name for name in files if name not in known))
 
 
@@ -179,7 +205,7 @@ def _check_tied_head(directory: Path, stored: dict[str, StoredTensor]) -> None:
     """A tied model's second copy of its table must equal the first."""
     head, embedding = names.TIED_HEAD
     same = stored[head].shape == stored[embedding].shape and _same_bits(
-        stored[head].read(), stored[embedding].read()
+        dequantised(stored[head]).read(), dequantised(stored[embedding]).read()
     )
     if not same:
         raise UserError(
@@ -197,16 +223,21 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return all(np.array_equal(a[i : i + _STEP], b[i : i + _STEP]) for i in starts)
 
 
-def _own_memory(tensor: StoredTensor, dtype: jnp.dtype) -> np.ndarray:
-    """A copy in `dtype`, in whole pages of its own, which XLA on CPU takes as they are.
+def _own_memory(
+    shape: tuple[int, ...], dtype: jnp.dtype, source: StoredTensor | np.ndarray
+) -> np.ndarray:
+    """A copy of `source` in `dtype`, in whole pages of its own, which XLA on CPU takes as they are.
 
     numpy asks for huge pages, which a virtual machine may not hold yet: fetching them from its
     host takes several times as long as the copy.
     """
-    dtype, size = np.dtype(dtype), math.prod(tensor.shape)
+    dtype, size = np.dtype(dtype), math.prod(shape)
     pages = mmap.mmap(
         -1, max(size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
-    out = np.frombuffer(pages, dtype, size).reshape(tensor.shape)
-    tensor.read_into(out)
+    out = np.frombuffer(pages, dtype, size).reshape(shape)
+    if isinstance(source, StoredTensor):
+        source.read_into(out)
+    else:
+        np.copyto(out, source)
     return out

@@ -449,6 +449,15 @@ def fit_config(config: ModelConfig, stored: Iterable[str]) -> ModelConfig:
     return dataclasses.replace(config, mtp_layers=len(mtp), head=head)
 
 
+def is_projection(path: Path) -> bool:
+    """Whether a parameter is one of the large matrices that quantised checkpoints pack.
+
+    That is a linear layer within a layer, or a stack of experts: no embedding, no head, no router,
+    and none of the small ones that make the gates of the delta rule.
+    """
+    return path[-1] == "weight" and path[-2].endswith("_proj") and path[-2][:2] not in ("a_", "b_")
+
+
 def holds_fused_experts(stored: Iterable[str]) -> bool:
     """Whether a checkpoint holds all experts of a layer in one tensor."""
     return any(name.endswith(".mlp.experts.gate_up_proj") for name in stored)

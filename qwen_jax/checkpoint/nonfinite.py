@@ -9,7 +9,12 @@ import numpy as np
 from qwen_jax.checkpoint.names import listed
 from qwen_jax.errors import UserError
 
-_EXPONENTS = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
+# The bits that NaN and infinities have all set; this float8 has no infinities.
+_EXPONENTS = {
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,
+}
 
 # Values looked at in one go, so that the verdicts on them stay small beside the tensor.
 _STEP = 1 << 20
@@ -19,7 +24,7 @@ def all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite."""
     flat = values.reshape(-1)
     if values.dtype in _EXPONENTS:
-        bits, exponent = flat.view(np.uint16), _EXPONENTS[values.dtype]
+        bits, exponent = flat.view(f"u{values.itemsize}"), _EXPONENTS[values.dtype]
         pieces = (bits[i : i + _STEP] for i in range(0, bits.size, _STEP))
         return not any(((piece & exponent) == exponent).any() for piece in pieces)
     # One pass of BLAS; only its verdict "not finite" can be wrong, by overflow.

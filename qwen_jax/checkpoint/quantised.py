@@ -92,12 +92,14 @@ def load_quantization(directory: Path) -> QuantizationSpec | None:
       UserError: as `read_quantization`, or the file is absent or broken.
     """
     path = Path(directory) / "config.json"
-    raw = read_json_object(path).get(FIELD)
-    if raw in (None, {}):
+    raw = read_json_object(path)
+    towers = (raw, raw.get("text_config"))
+    found = [tower[FIELD] for tower in towers if isinstance(tower, dict) and tower.get(FIELD)]
+    if not found:
         return None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: {FIELD} = {shown(raw)} should be an object")
-    return read_quantization(raw, f"{path}: {FIELD}")
+    if not isinstance(found[0], dict):
+        raise UserError(f"{path}: {FIELD} = {shown(found[0])} should be an object")
+    return read_quantization(found[0], f"{path}: {FIELD}")
 
 
 def read_quantization(raw: dict[str, Any], source: str = FIELD) -> QuantizationSpec:

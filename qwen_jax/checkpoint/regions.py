@@ -6,10 +6,13 @@ Nothing is read here: each side is made of the other as tensors that read when a
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
+import jax
 import numpy as np
 
-from qwen_jax.checkpoint.names import Path, Region, Rows
+from qwen_jax.checkpoint.names import Path, Region, Rows, printable
 from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.errors import UserError
+from qwen_jax.nn.quantized import QuantizedWeight
 
 
 def stored_shape(region: Region, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,7 +62,14 @@ def _cut(tensor: StoredTensor, region: Region) -> StoredTensor:
         return tensor
     shape = list(tensor.shape)
     shape[rows.axis] = rows.groups * (rows.stop - rows.start)
-    return _derived(tensor, tuple(shape), lambda values: _grouped(values, rows).reshape(shape))
+
+    def change(values: np.ndarray | QuantizedWeight) -> np.ndarray | QuantizedWeight:
+        if not isinstance(values, QuantizedWeight):
+            return _grouped(values, rows).reshape(shape)
+        numbers = _grouped(np.arange(tensor.shape[rows.axis]), dataclasses.replace(rows, axis=0))
+        return values[(*(slice(None),) * rows.axis, numbers.reshape(-1))]
+
+    return _derived(tensor, tuple(shape), change)
 
 
 def _grouped(values: np.ndarray, rows: Rows) -> np.ndarray:
@@ -81,13 +91,22 @@ def stack(parts: list[StoredTensor]) -> StoredTensor:
     dtype = np.result_type(*{part.dtype for part in parts})
     shape = (len(parts), *parts[0].shape)
 
-    def read() -> np.ndarray:
+    quantised = {part.quantised for part in parts}
+    if len(quantised) > 1:
+        raise UserError(
+            f"{parts[0].file}: {printable(parts[0].name)} and the other experts of its layer are "
+            "not all quantised; quantise all or none"
+        )
+
+    def read() -> np.ndarray | QuantizedWeight:
+        if parts[0].quantised:
+            return jax.tree.map(lambda *a: np.stack(a), *(part.read() for part in parts))
         out = np.empty(shape, dtype)
         for place, part in zip(out, parts, strict=True):
             part.read_into(place)
         return out
 
-    return StoredTensor(parts[0].name, parts[0].file, shape, dtype, read, tuple(parts))
+    return StoredTensor(parts[0].name, parts[0].file, shape, dtype, read, tuple(parts), *quantised)
 
 
 def _expert(tensor: StoredTensor, expert: int) -> StoredTensor:

@@ -9,14 +9,18 @@ from qwen_jax.checkpoint.names import listed
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import parameter_shapes
+from qwen_jax.nn.quantized import QuantizedWeight
 
 
 def check_tree(config: ModelConfig, tree: Any, source: str | Path) -> None:
     """Checks that `tree` has the paths and shapes of `Decoder(config)`; `source` names it.
 
     Raises:
-      UserError: missing, unknown or misshapen parameters, by name.
+      UserError: missing, unknown, misshapen or packed parameters, by name.
     """
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight)):
+        if isinstance(leaf, QuantizedWeight):
+            raise UserError(f"{source}: has packed weights; load them dense to save them")
     found, wanted = _shapes(tree), _shapes(parameter_shapes(config))
     for verb, names in (
         ("missing", wanted.keys() - found.keys()),

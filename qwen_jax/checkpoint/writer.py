@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from qwen_jax.checkpoint import names
-from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.reader import QUANTISED_DTYPES, SAFETENSORS_DTYPES, StoredTensor
 from qwen_jax.checkpoint.regions import to_stored
 from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
@@ -28,7 +28,9 @@ MAX_SHARD_SIZE = 5 * 10**9
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
-_DTYPE_CODES = {np.dtype(dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
+_DTYPE_CODES = {
+    np.dtype(dtype): code for code, dtype in (SAFETENSORS_DTYPES | QUANTISED_DTYPES).items()
+}
 
 
 def check_vacant(target: Path) -> None:

@@ -1,15 +1,20 @@
 """The same directory through transformers and through this package, compared layer by layer."""
 
+import contextlib
 import dataclasses
 import gc
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.orbax_format import is_orbax
+from qwen_jax.checkpoint.quantised import load_quantization
 from qwen_jax.errors import UserError
-from qwen_jax.pretrained import load_pretrained
+from qwen_jax.pretrained import Weights, load_pretrained
 from qwen_jax.reference import import_reference, load_reference
 
 
@@ -49,8 +54,13 @@ class Parity:
         return max(self.differences, key=lambda row: row.relative)
 
 
-def compare_with_reference(directory: Path, input_ids: np.ndarray) -> Parity:
+def compare_with_reference(
+    directory: Path, input_ids: np.ndarray, weights: Weights = "dense"
+) -> Parity:
     """Runs `input_ids` [B, T] through both in float32, one after the other.
+
+    The reference runs a quantised checkpoint dequantised, since it reads each format with a package
+    of its own; here `weights` says how it is loaded.
 
     Raises:
       UserError: torch and transformers are not installed, or one side cannot load the directory.
@@ -61,8 +71,9 @@ def compare_with_reference(directory: Path, input_ids: np.ndarray) -> Parity:
             "python -m tools.convert --format=hf"
         )
     # Ours first: it says in one line what is wrong with a directory.
-    states, logits = _run_ours(directory, input_ids)
-    expected_states, expected_logits = _run_transformers(directory, input_ids)
+    states, logits = _run_ours(directory, input_ids, weights)
+    with _dequantised(directory) as dense:
+        expected_states, expected_logits = _run_transformers(dense, input_ids)
     names = ["embeddings", *(f"layer {i}" for i in range(len(states) - 2)), "final norm"]
     rows = [
         _difference(name, ours, theirs)
@@ -78,8 +89,22 @@ def _difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
     return Difference(name, float(gap), scale)
 
 
-def _run_ours(directory: Path, input_ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    model, params = load_pretrained(directory, dtype="float32")
+@contextlib.contextmanager
+def _dequantised(directory: Path) -> Iterator[Path]:
+    """The directory itself, or if it is quantised, a dense copy for as long as it is needed."""
+    if load_quantization(directory) is None:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / directory.name
+        convert(directory, dense, "hf", "float32")
+        yield dense
+
+
+def _run_ours(
+    directory: Path, input_ids: np.ndarray, weights: Weights
+) -> tuple[list[np.ndarray], np.ndarray]:
+    model, params = load_pretrained(directory, dtype="float32", weights=weights)
     with jax.default_matmul_precision("highest"):
         out = model.apply({"params": params}, input_ids)
     return [np.asarray(state) for state in out.hidden_states], np.asarray(out.logits)

@@ -24,7 +24,12 @@ def write_random_checkpoint(config: ModelConfig, directory: Path, seed: int = 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.3)
+                is_factor = name.endswith("linear_attn.norm.weight")
+                centered = config.zero_centered_norm and not is_factor
+                parameter.normal_(0.0 if centered else 1.0, 0.3)
+            elif name.endswith("dt_bias"):
+                # States that last, as trained ones do: what decays at once leaves rounding errors.
+                parameter.normal_(-3.0, 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.5)
     with new_directory(directory) as partial:

@@ -3,12 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwen_jax.inference.completion import Completion, Timing, complete
+from qwen_jax.inference.completion import (
+    Completion,
+    ThinkingBudget,
+    Timing,
+    complete,
+    ends_inside_reasoning,
+)
 from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.cache import Cache, rewind_cache
 from qwen_jax.text import Tokenizer
+from qwen_jax.text.parsing import THINK_CLOSE, parse_reply
 
 
 class Conversation:
@@ -18,7 +25,8 @@ class Conversation:
     reasoning), and runs only the tokens after what the cache already holds.
 
     Attributes:
-      messages: system, user and assistant messages so far.
+      messages: system, user and assistant messages so far; reasoning stands apart from content, as
+        `reasoning_content`.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Conversation:
         stop_strings: Sequence[str] = (),
         seed: int = 0,
         on_text: Callable[[str], None] = lambda text: None,
+        thinking_budget: int | None = None,
     ) -> tuple[Completion, Timing]:
         """The assistant's answer to `user`; both are added to `messages` when it is complete.
 
@@ -76,8 +85,14 @@ class Conversation:
           seed: of the draws; each turn draws anew from the same seed.
           stop_strings: text that ends the answer.
           on_text: gets new text as soon as it is final.
+          thinking_budget: reasoning tokens after which the answer is asked for; None for no limit.
         """
         ids = self.prompt_ids(user)
+        budget = (
+            None
+            if thinking_budget is None
+            else ThinkingBudget(thinking_budget, self._tokenizer, [ids])
+        )
         # The last token always runs: its logits choose the first new one.
         kept = min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
         cache = None if self._cache is None or kept == 0 else rewind_cache(self._cache, kept)
@@ -95,16 +110,26 @@ class Conversation:
             first_row=len(self.messages),
         )
         (answer,), timing = complete(
-            stream, 1, self._tokenizer, stop_strings, lambda _, text: on_text(text)
+            stream, 1, self._tokenizer, stop_strings, lambda _, text: on_text(text), budget
         )
         self._cache = stream.cache
         # The last token was chosen but never run.
         self._cached_ids = (ids + answer.ids)[:-1]
         self.messages += [
             {"role": "user", "content": user},
-            {"role": "assistant", "content": answer.text},
+            _assistant_message(answer.text, ends_inside_reasoning(self._tokenizer, ids)),
         ]
         return answer, timing
+
+
+def _assistant_message(text: str, thinking_open: bool) -> dict[str, str]:
+    """The message that templates write the answer back from: tool calls stay in its content."""
+    reasoning = parse_reply(text, thinking_open).reasoning
+    if reasoning is None:
+        return {"role": "assistant", "content": text}
+    _, _, content = text.partition(THINK_CLOSE)
+    message = {"role": "assistant", "content": content.lstrip("\n")}
+    return {**message, "reasoning_content": reasoning}
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -4,6 +4,7 @@ Prompts are padded to one of few lengths and caches grow to one of few capacitie
 number of compiled programs stays small whatever the texts.
 """
 
+import collections
 import functools
 import numbers
 from collections.abc import Iterable, Sequence
@@ -111,6 +112,7 @@ class TokenStream:
         self._max_new_tokens = max_new_tokens
         self._seed, self._first_row = seed, first_row
         self._active = [True] * len(self._prompts)
+        self._forced = [collections.deque[int]() for _ in self._prompts]
         self._given = 0
         self._start_cache = cache
         self._state: DecodeState | None = None
@@ -130,7 +132,9 @@ class TokenStream:
             self._state = self._prefill()
         else:
             self._make_room()
-            self._state = _decode_step(self._model, self._params, self._state, self._rule)
+            self._state = _decode_step(
+                self._model, self._params, self._state, self._next_forced(), self._rule
+            )
             self._used += 1
         self._given += 1
         tokens = np.asarray(self._state.tokens).tolist()
@@ -147,6 +151,17 @@ class TokenStream:
     def stop(self, row: int) -> None:
         """Ends a row: later steps give None for it."""
         self._active[row] = False
+
+    def force(self, row: int, ids: Sequence[int]) -> None:
+        """Makes `ids` the next tokens of a row, before any that are drawn.
+
+        They are tokens like any other: they count for penalties, for `max_new_tokens` and as stop
+        ids, and the draws of later tokens are what they would have been.
+
+        Raises:
+          UserError: an id outside the vocabulary.
+        """
+        self._forced[row].extend(_read_prompt(self._model.config, row, ids).tolist())
 
     def active(self, row: int) -> bool:
         """Whether a row has met neither a stop id nor `stop`."""
@@ -195,8 +210,14 @@ class TokenStream:
             positions,
             np.uint32(self._seed),
             rows,
+            self._next_forced(),
             self._rule,
         )
+
+    def _next_forced(self) -> np.ndarray:
+        """int32 [B]: the token that each row must take next, -1 where it may choose."""
+        forced = [queue.popleft() if queue else -1 for queue in self._forced]
+        return np.array(forced, np.int32)
 
     def _make_room(self) -> None:
         """A slot for the token about to enter the cache."""
@@ -257,7 +278,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _prefill(model, params, cache, ids, mask, positions, seed, rows, rule) -> DecodeState:
+def _prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rule) -> DecodeState:
     out = model.apply({"params": params}, ids, mask, positions, cache, "last")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     seen = None
@@ -266,18 +287,22 @@ def _prefill(model, params, cache, ids, mask, positions, seed, rows, rule) -> De
         filled = jnp.arange(out.cache.capacity) < out.cache.lengths[:, None]
         seen = init_seen(out.cache.ids, filled, model.config.vocab_size)
     state = DecodeState(out.cache, ids[:, 0], keys, jnp.zeros((), jnp.int32), seen)
-    return _chosen(state, out.logits[:, 0], rule)
+    return _chosen(state, out.logits[:, 0], forced, rule)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _decode_step(model, params, state, rule) -> DecodeState:
+def _decode_step(model, params, state, forced, rule) -> DecodeState:
     out = model.apply({"params": params}, state.tokens[:, None], cache=state.cache)
-    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], rule)
+    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], forced, rule)
 
 
-def _chosen(state: DecodeState, logits: jax.Array, rule: SamplingRule) -> DecodeState:
+def _chosen(
+    state: DecodeState, logits: jax.Array, forced: jax.Array, rule: SamplingRule
+) -> DecodeState:
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     tokens = choose(logits, state.seen, keys, rule)
+    # A row whose logits are not numbers stays marked.
+    tokens = jnp.where((forced >= 0) & (tokens >= 0), forced, tokens)
     seen = None if state.seen is None else count(state.seen, tokens)
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
 

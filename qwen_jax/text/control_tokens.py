@@ -193,7 +193,7 @@ def encode_marked(
     added_tokens: Collection[AddedToken],
     unstamped: Collection[str],
     marks: Marks,
-    encode_plain: Callable[[str], list[int]],
+    encode_plain: Callable[..., list[int]],
 ) -> list[int]:
     """Ids of a rendered chat in which only the template's control tokens count.
 
@@ -202,7 +202,8 @@ def encode_marked(
       added_tokens: the tokenizer's added tokens.
       unstamped: surface forms that count without a stamp.
       marks: the characters in it.
-      encode_plain: ids of text that holds no control tokens.
+      encode_plain: ids of text that holds no control tokens; with continues=True those of text
+        behind a control token.
     """
     by_content = {token.content: token for token in added_tokens}
     choices = []
@@ -217,17 +218,19 @@ def encode_marked(
     ids: list[int] = []
     position = 0
     for match in finder.finditer(text):
-        ids += _encode_segment(text[position : match.start()], marks, encode_plain)
+        ids += _encode_segment(text[position : match.start()], marks, encode_plain, position > 0)
         surface = match.group().replace(marks.stamp, "")
         token = by_content.get(surface) or by_content[surface.strip()]
         ids.append(token.id)
         position = match.end()
-    return ids + _encode_segment(text[position:], marks, encode_plain)
+    return ids + _encode_segment(text[position:], marks, encode_plain, position > 0)
 
 
-def _encode_segment(text: str, marks: Marks, encode_plain: Callable[[str], list[int]]) -> list[int]:
+def _encode_segment(
+    text: str, marks: Marks, encode_plain: Callable[..., list[int]], continues: bool
+) -> list[int]:
     text = without_marks(text, marks)
-    return encode_plain(text) if text else []
+    return encode_plain(text, continues=continues) if text else []
 
 
 def without_marks(text: str, marks: Marks) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen_jax.errors import UserError
 from qwen_jax.json_fields import read_json_object
-from qwen_jax.text.byte_level import bytes_of_piece
+from qwen_jax.text.spelling import BYTE_LEVEL, SPACE, Spelling, byte_fallback
 from qwen_jax.text.tokenizer_config import (
     AddedToken,
     TokenizerConfig,
@@ -30,17 +32,32 @@ QWEN3_5_SPLIT = (
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceVocabulary:
-    """A byte-level BPE pipeline in the `tokenizers` library.
+    """A BPE pipeline in the `tokenizers` library, of bytes or with byte fallback.
 
     Attributes:
       pipeline: the whole pipeline, which finds added tokens in text.
       added_tokens: the tokens it finds, by id.
+      spelling: of its pieces.
     """
 
     pipeline: tokenizers.Tokenizer = dataclasses.field(repr=False)
     added_tokens: tuple[AddedToken, ...]
+    spelling: Spelling = BYTE_LEVEL
 
     @functools.cached_property
+    def _at_the_start(self) -> tokenizers.Tokenizer:
+        return self._without_added_tokens()
+
+    @functools.cached_property
+    def _behind_a_token(self) -> tokenizers.Tokenizer:
+        plain = self._without_added_tokens()
+        split = plain.pre_tokenizer
+        if isinstance(split, pre_tokenizers.Metaspace) and split.prepend_scheme == "first":
+            plain.pre_tokenizer = pre_tokenizers.Metaspace(
+                replacement=split.replacement, prepend_scheme="never", split=split.split
+            )
+        return plain
+
     def _without_added_tokens(self) -> tokenizers.Tokenizer:
         # `encode_special_tokens` of the library would still find added tokens with special=false.
         plain = tokenizers.Tokenizer(self.pipeline.model)
@@ -72,9 +89,34 @@ class HuggingFaceVocabulary:
         """Ids of `text` with what the checkpoint puts around every text."""
         return self.pipeline.encode(text, add_special_tokens=True).ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text`, added tokens in it taken as plain text."""
-        return self._without_added_tokens.encode(text, add_special_tokens=False).ids
+    def encode_plain(self, text: str, continues: bool = False) -> list[int]:
+        """Ids of `text`, added tokens in it taken as plain text.
+
+        With `continues` it is encoded as it would be behind an added token.
+        """
+        plain = self._behind_a_token if continues else self._at_the_start
+        ids = plain.encode(text, add_special_tokens=False).ids
+        if self._merged_ids.isdisjoint(ids):
+            return ids
+        # Such a token is spelled, so that nobody can type it.
+        return [
+            part
+            for token_id in ids
+            for part in (self._spelled(token_id) if token_id in self._merged_ids else [token_id])
+        ]
+
+    @functools.cached_property
+    def _merged_ids(self) -> frozenset[int]:
+        """Added tokens of several characters that are in the BPE vocabulary too."""
+        pieces = self.pipeline.get_vocab(with_added_tokens=False)
+        added = (token.content for token in self.added_tokens)
+        return frozenset(pieces[piece] for piece in added if len(piece) > 1 and piece in pieces)
+
+    def _spelled(self, token_id: int) -> list[int]:
+        piece = self.pipeline.id_to_token(token_id)
+        return [
+            token.id for character in piece for token in self.pipeline.model.tokenize(character)
+        ]
 
     def id_of(self, piece: str) -> int | None:
         """The id of an added token or a byte-level piece, else None."""
@@ -83,14 +125,15 @@ class HuggingFaceVocabulary:
     def bytes_of(self, token_id: int) -> bytes | None:
         """The bytes of a token, None for an id that is not in the vocabulary."""
         piece = self.pipeline.id_to_token(token_id)
-        return None if piece is None else bytes_of_piece(piece)
+        return None if piece is None else self.spelling.bytes_of(piece)
 
 
 def load_tokenizer_json(path: Path, config: TokenizerConfig) -> HuggingFaceVocabulary:
     """The pipeline of a tokenizer.json, with the tokens that only tokenizer_config.json adds.
 
     Raises:
-      UserError: the file is broken or isn't byte-level BPE, the only kind that Qwen has.
+      UserError: the file is broken or isn't BPE of bytes or with byte fallback, the two kinds that
+        Qwen has.
     """
     text = read_text(path)
     try:
@@ -102,12 +145,46 @@ def load_tokenizer_json(path: Path, config: TokenizerConfig) -> HuggingFaceVocab
     if not isinstance(pipeline.model, models.BPE):
         found = type(pipeline.model).__name__
         raise UserError(f"{path}: model.type is {found}, expected BPE as every Qwen has")
-    if not isinstance(pipeline.decoder, decoders.ByteLevel):
+    spelling = _spelling(pipeline)
+    if spelling is None:
         found = "missing" if pipeline.decoder is None else type(pipeline.decoder).__name__
-        raise UserError(f"{path}: decoder is {found}, expected ByteLevel as every Qwen has")
+        raise UserError(
+            f"{path}: decoder is {found}, expected ByteLevel, or Replace, ByteFallback and Fuse"
+        )
+    if spelling is not BYTE_LEVEL and not _is_plain_metaspace(pipeline):
+        found = type(pipeline.pre_tokenizer).__name__
+        raise UserError(f"{path}: pre_tokenizer is {found}, expected Metaspace or none")
     pipeline.no_truncation()
     pipeline.no_padding()
-    return _with_added_tokens(pipeline, config, path)
+    return with_added_tokens(pipeline, config.added_tokens, path)
+
+
+def _is_plain_metaspace(pipeline: tokenizers.Tokenizer) -> bool:
+    return isinstance(pipeline.pre_tokenizer, pre_tokenizers.Metaspace | None)
+
+
+def _spelling(pipeline: tokenizers.Tokenizer) -> Spelling | None:
+    """What the decoder undoes; None for another kind of decoder."""
+    if isinstance(pipeline.decoder, decoders.ByteLevel):
+        return BYTE_LEVEL
+    if not isinstance(pipeline.decoder, decoders.Sequence):
+        return None
+    steps = json.loads(pipeline.decoder.__getstate__())["decoders"]
+    for drops_first_space in (False, True):
+        if steps == _fallback_steps(drops_first_space):
+            return byte_fallback(drops_first_space)
+    return None
+
+
+def _fallback_steps(drops_first_space: bool) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if drops_first_space:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return steps
 
 
 def load_vocab_and_merges(
@@ -148,7 +225,7 @@ def load_vocab_and_merges(
         ]
     )
     pipeline.decoder = decoders.ByteLevel()
-    return _with_added_tokens(pipeline, config, vocab_path)
+    return with_added_tokens(pipeline, config.added_tokens, vocab_path)
 
 
 def _split_pattern(fields: dict[str, Any]) -> str:
@@ -156,11 +233,16 @@ def _split_pattern(fields: dict[str, Any]) -> str:
     return QWEN3_5_SPLIT if str(name).startswith("Qwen3_5") else QWEN2_SPLIT
 
 
-def _with_added_tokens(
-    pipeline: tokenizers.Tokenizer, config: TokenizerConfig, path: Path
+def with_added_tokens(
+    pipeline: tokenizers.Tokenizer, added_tokens: Sequence[AddedToken], path: Path
 ) -> HuggingFaceVocabulary:
+    """The vocabulary of a pipeline from `path` to which the tokens are added that it lacks.
+
+    Raises:
+      UserError: a token has another id than it should have.
+    """
     present = {token.content for token in pipeline.get_added_tokens_decoder().values()}
-    missing = [token for token in config.added_tokens if token.content not in present]
+    missing = [token for token in added_tokens if token.content not in present]
     # One call: the library rebuilds its search automaton for each.
     pipeline.add_tokens(
         [
@@ -175,7 +257,7 @@ def _with_added_tokens(
             for token in missing
         ]
     )
-    for token in config.added_tokens:
+    for token in added_tokens:
         given = pipeline.token_to_id(token.content)
         if token.id is not None and given != token.id:
             raise UserError(
@@ -195,7 +277,7 @@ def _with_added_tokens(
         )
         for token_id, token in sorted(pipeline.get_added_tokens_decoder().items())
     )
-    return HuggingFaceVocabulary(pipeline, added)
+    return HuggingFaceVocabulary(pipeline, added, _spelling(pipeline) or BYTE_LEVEL)
 
 
 def _one_line(error: Exception) -> str:

@@ -16,21 +16,36 @@ class StreamDecoder:
 
     Args:
       bytes_of: the bytes of a token id, empty where it has no text.
+      errors: what becomes of bytes that are not UTF-8, see `Spelling`.
+      drops_first_space: whether a space at the beginning is left out.
     """
 
-    def __init__(self, bytes_of: Callable[[int], bytes]):
+    def __init__(
+        self,
+        bytes_of: Callable[[int], bytes],
+        errors: str = "replace",
+        drops_first_space: bool = False,
+    ):
         self._bytes_of = bytes_of
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._drops_first_space = self._is_first = drops_first_space
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Takes the next id or ids and returns the text that has become final."""
         ids = ids if isinstance(ids, Iterable) else (ids,)
-        return self._decoder.decode(b"".join(self._bytes_of(int(i)) for i in ids))
+        return self._shown(self._decoder.decode(b"".join(self._bytes_of(int(i)) for i in ids)))
 
     def finish(self) -> str:
         """Returns what is still held back; the decoder can then start on a new text."""
-        text = self._decoder.decode(b"", final=True)
+        text = self._shown(self._decoder.decode(b"", final=True))
         self._decoder.reset()
+        self._is_first = self._drops_first_space
+        return text
+
+    def _shown(self, text: str) -> str:
+        if self._is_first and text:
+            self._is_first = False
+            return text.removeprefix(" ")
         return text
 
 

@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.json_fields import read_json_object
 from qwen_jax.text.byte_level import CHARACTER_TO_BYTE, bytes_of_piece
 from qwen_jax.text.huggingface_vocabulary import QWEN2_SPLIT
+from qwen_jax.text.spelling import BYTE_LEVEL
 from qwen_jax.text.tokenizer_config import AddedToken, read_text
 
 _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -47,6 +48,7 @@ class TiktokenVocabulary:
     encoding: tiktoken.Encoding
     ranks: dict[bytes, int] = dataclasses.field(repr=False)
     added_tokens: tuple[AddedToken, ...]
+    spelling = BYTE_LEVEL
 
     @property
     def size(self) -> int:
@@ -67,8 +69,9 @@ class TiktokenVocabulary:
         """Ids of `text` with what the checkpoint puts around every text."""
         return self.encode(text)
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text`, added tokens in it taken as plain text."""
+    def encode_plain(self, text: str, continues: bool = False) -> list[int]:
+        """Ids of `text`, added tokens in it taken as plain text; the same wherever it stands."""
+        del continues
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     @functools.cached_property

@@ -18,6 +18,7 @@ from qwen_jax.text.huggingface_vocabulary import (
     load_tokenizer_json,
     load_vocab_and_merges,
 )
+from qwen_jax.text.sentencepiece_vocabulary import load_sentencepiece
 from qwen_jax.text.streaming import StreamDecoder
 from qwen_jax.text.tiktoken_vocabulary import TiktokenVocabulary, load_tiktoken
 from qwen_jax.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
@@ -82,7 +83,11 @@ class Tokenizer:
         return self.vocabulary.id_of(token)
 
     def encode(
-        self, text: str, allow_special: bool = True, add_special_tokens: bool = False
+        self,
+        text: str,
+        allow_special: bool = True,
+        add_special_tokens: bool = False,
+        continues: bool = False,
     ) -> list[int]:
         """Ids of a text.
 
@@ -93,6 +98,8 @@ class Tokenizer:
             does so only for special=true and still finds <think> and <tool_call>.)
           add_special_tokens: whether to run the post-processor of tokenizer.json, by which
             Qwen3-Embedding appends <|endoftext|>; it needs allow_special.
+          continues: whether the text stands behind a control token, where SentencePiece puts no
+            space before it; it needs allow_special=False.
 
         Raises:
           UserError: the text isn't a string or holds half of a surrogate pair.
@@ -109,21 +116,38 @@ class Tokenizer:
             if not allow_special:
                 raise UserError("add_special_tokens: needs allow_special=True")
             return self.vocabulary.encode_with_post_processor(text)
-        return self.vocabulary.encode(text) if allow_special else self.vocabulary.encode_plain(text)
+        if not allow_special:
+            return self.vocabulary.encode_plain(text, continues)
+        if continues:
+            raise UserError("continues: needs allow_special=False")
+        return self.vocabulary.encode(text)
 
     def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, without any clean-up of spaces.
 
-        Bytes that aren't UTF-8 become U+FFFD. An id that the tokenizer doesn't know (a model's
-        table is padded beyond the vocabulary) has no text, as in transformers.
+        Bytes that aren't UTF-8 become U+FFFD, and the space that SentencePiece puts before a text
+        is taken away again. An id that the tokenizer doesn't know (a model's table is padded beyond
+        the vocabulary) has no text, as in transformers.
         """
         ids = ids if isinstance(ids, Iterable) else (ids,)
         data = b"".join(self._bytes_of(int(i), skip_special_tokens) for i in ids)
-        return data.decode("utf-8", errors="replace")
+        spelling = self.vocabulary.spelling
+        text = data.decode("utf-8", errors=spelling.errors)
+        return text.removeprefix(" ") if spelling.drops_first_space else text
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one."""
-        return StreamDecoder(lambda token_id: self._bytes_of(token_id, skip_special_tokens))
+    def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> StreamDecoder:
+        """A decoder for ids that come one by one.
+
+        Args:
+          skip_special_tokens: whether special tokens have no text.
+          continues: whether the ids follow others, so that their first space is their own.
+        """
+        spelling = self.vocabulary.spelling
+        return StreamDecoder(
+            lambda token_id: self._bytes_of(token_id, skip_special_tokens),
+            spelling.errors,
+            spelling.drops_first_space and not continues,
+        )
 
     def apply_chat_template(
         self,
@@ -182,7 +206,8 @@ class Tokenizer:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a local checkpoint directory; nothing is downloaded or executed.
 
-    Takes tokenizer.json, else vocab.json with merges.txt, else qwen.tiktoken.
+    Takes tokenizer.json, else vocab.json with merges.txt, else qwen.tiktoken, else
+    tokenizer.model.
 
     Raises:
       UserError: there is none of these files, or one of the files read is broken.
@@ -198,10 +223,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         vocabulary = load_vocab_and_merges(vocab, merges, config)
     elif (path := directory / "qwen.tiktoken").is_file():
         vocabulary = load_tiktoken(path)
+    elif (path := directory / "tokenizer.model").is_file():
+        vocabulary = load_sentencepiece(path, config)
     else:
         raise UserError(
             f"{directory}: no tokenizer; looked for tokenizer.json, vocab.json with merges.txt,"
-            " and qwen.tiktoken"
+            " qwen.tiktoken and tokenizer.model"
         )
     for name in ("eos_token", "pad_token"):
         token = config.named_tokens.get(name)

@@ -1,13 +1,17 @@
 """Checkpoints of random weights."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 
 import qwen_jax
+from qwen_jax.errors import UserError
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import read_hf_config
 from tests.reference import random_reference, save_reference
@@ -15,18 +19,29 @@ from tests.reference import random_reference, save_reference
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_tensor_is_random(tmp_path):
-    fields = random_reference("qwen2").config.to_dict()
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3_next", "qwen3_5_text"])
+def test_every_tensor_is_random_and_norms_are_around_one(family, tmp_path):
+    fields = random_reference(family).config.to_dict()
     config = read_hf_config({key: fields[key] for key in fields if key != "_attn_implementation"})
     write_random_checkpoint(config, tmp_path / "model")
     _, params = qwen_jax.load_pretrained(tmp_path / "model")
-    attention = params["layers_0"]["self_attn"]
-    for leaf in (
-        attention["q_proj"]["bias"],
-        params["norm"]["weight"],
-        attention["q_proj"]["weight"],
-    ):
-        assert np.std(leaf) > 0.01
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert np.std(leaf) > 0.01, path
+    factor = np.mean(params["norm"]["weight"]) + config.zero_centered_norm
+    assert 0.8 < factor < 1.2
+
+
+def test_a_part_of_the_layers_is_a_model(tmp_path):
+    config = read_hf_config(random_reference("qwen3_next").config.to_dict() | {"id2label": None})
+    part = config.with_layers([1, 3])
+    assert [kind.value for kind in part.layer_types] == ["linear_attention", "full_attention"]
+    assert part.moe.layers == (0, 1)
+    assert config.with_layers([3]).delta is None
+    write_random_checkpoint(part, tmp_path / "model")
+    model, _ = qwen_jax.load_pretrained(tmp_path / "model")
+    assert dataclasses.replace(model.config, dtype=part.dtype) == part
+    with pytest.raises(UserError, match="layer 4 is not one of the model's 4"):
+        config.with_layers([0, 4])
 
 
 # Killed with config.json written, before the weights are.

@@ -1,13 +1,16 @@
 """Streamed text against a whole decode; stop strings; why a text ended."""
 
+import dataclasses
 import itertools
 
 import pytest
 
+import qwen_jax
 from qwen_jax import UserError
-from qwen_jax.inference.completion import complete
+from qwen_jax.inference.completion import ThinkingBudget, complete
 from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.inference.sampling import SamplingOptions
+from tests.text.real_vocabulary import write_qwen3_tokenizer
 
 SAMPLED = SamplingOptions(temperature=1.0)
 PROMPTS = [[9707, 11], [100, 200, 300, 400], [35946]]
@@ -121,3 +124,120 @@ def test_an_empty_stop_string_is_refused_before_anything_runs(narrow, tokenizer)
     with pytest.raises(UserError, match="non-empty"):
         run(stream, 3, tokenizer, [""])
     assert stream.cache is None
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="session")
+def thinker(tokenizer, tmp_path_factory):
+    """Qwen3's tokenizer where the small model has a row for each token."""
+    directory = write_qwen3_tokenizer(tmp_path_factory.mktemp("thinker"))
+    return dataclasses.replace(
+        qwen_jax.load_tokenizer(directory), chat_templates=tokenizer.chat_templates
+    )
+
+
+def open_prompt(thinker, words):
+    return thinker.encode(f"<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
+def budgeted(narrow, thinker, prompts, limit, new=24, **options):
+    stream = TokenStream(*narrow, prompts, new, SamplingOptions(**options), [], 1)
+    budget = ThinkingBudget(limit, thinker, prompts)
+    return complete(stream, len(prompts), thinker, thinking_budget=budget)[0]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_reasoning_is_closed_at_its_budget_and_the_answer_follows(narrow, thinker, limit):
+    prompts = [open_prompt(thinker, "Hi"), thinker.encode("plain"), open_prompt(thinker, "a b c")]
+    free = qwen_jax.generate(*narrow, prompts, 24, stop_ids=[])
+    closing = thinker.encode("</think>\n\n")
+    assert len(closing) == 2
+    found = budgeted(narrow, thinker, prompts, limit)
+    assert found[1].ids == free[1]
+    for row in (0, 2):
+        assert found[row].ids[:limit] == free[row][:limit]
+        assert found[row].ids[limit : limit + 2] == closing
+        prompt = prompts[row] + found[row].ids[: limit + 2]
+        rest = qwen_jax.generate(*narrow, [prompt], 24 - limit - 2, stop_ids=[])[0]
+        assert found[row].ids[limit + 2 :] == rest
+
+
+class Recorder(Script):
+    """A script that takes forced tokens into its rows, as a stream does."""
+
+    def __init__(self, *rows):
+        self.rows, self.ended = [list(row) for row in rows], [False] * len(rows)
+        self.forced = [[] for _ in rows]
+        self.given = 0
+
+    def force(self, row, ids):
+        self.rows[row][self.given : self.given] = ids
+        self.forced[row].append((self.given, ids))
+
+    def __iter__(self):
+        while self.given < max(map(len, self.rows)):
+            step = [row[self.given] if self.given < len(row) else None for row in self.rows]
+            self.given += 1
+            yield step
+
+
+def scripted(thinker, limit, *rows, prompts=None):
+    stream = Recorder(*(thinker.encode(row) for row in rows))
+    prompts = [[1]] * len(rows) if prompts is None else prompts
+    budget = ThinkingBudget(limit, thinker, prompts)
+    completions, _ = complete(stream, len(rows), thinker, thinking_budget=budget)
+    return [completion.text for completion in completions], stream.forced
+
+
+def test_rows_reach_their_budget_at_different_points(thinker):
+    texts, forced = scripted(
+        thinker,
+        3,
+        "<think>\none two three four",
+        "\n\n<think>\none two three four",
+        "one <think> two three four",
+        "<think>\none</think>two three four",
+        "one two three four five six",
+    )
+    assert texts == [
+        "<think>\none two</think>\n\n three four",
+        "\n\n<think>\none two</think>\n\n three four",
+        "one <think> two three four",
+        "<think>\none</think>two three four",
+        "one two three four five six",
+    ]
+    assert [len(row) for row in forced] == [1, 1, 0, 0, 0]
+
+
+def test_a_budget_of_nothing_closes_reasoning_at_once(thinker):
+    texts, _ = scripted(
+        thinker, 0, "<think>\none", "one", prompts=[[1], open_prompt(thinker, "Hi")]
+    )
+    assert texts == ["<think></think>\n\n\none", "</think>\n\none"]
+
+
+def test_reasoning_that_closes_by_itself_in_time_is_left_alone(thinker):
+    prompts = [open_prompt(thinker, "Hi")]
+    texts, forced = scripted(thinker, 3, "one two</think>a b c d e f", prompts=prompts)
+    assert texts == ["one two</think>a b c d e f"]
+    assert forced == [[]]
+    closed = thinker.apply_chat_template(CHAT, add_generation_prompt=True, enable_thinking=False)
+    assert scripted(thinker, 1, "a b c d", prompts=[closed])[1] == [[]]
+
+
+def test_a_forced_end_counts_for_penalties(narrow, thinker):
+    """The same ids as a stream whose penalties saw the closing tag among its own tokens."""
+    prompts = [open_prompt(thinker, "Hi")]
+    found = budgeted(narrow, thinker, prompts, 4, presence_penalty=3.0)[0].ids
+    stream = TokenStream(*narrow, prompts, 24, SamplingOptions(presence_penalty=3.0), [], 1)
+    stream.force(0, found[:6])
+    assert [token for (token,) in stream] == found
+
+
+def test_a_budget_is_refused_where_it_has_no_meaning(thinker, tokenizer):
+    with pytest.raises(UserError, match="thinking_budget = -1 should be at least 0"):
+        ThinkingBudget(-1, thinker, [[1]])
+    with pytest.raises(UserError, match="thinking_budget: the tokenizer has no token <think>"):
+        ThinkingBudget(5, tokenizer, [[1]])

@@ -189,3 +189,44 @@ def test_template_variables_reach_the_template(narrow, tokenizer):
     assert tokenizer.decode(Conversation(*narrow, tokenizer).prompt_ids("Hi")).endswith(
         "<|im_start|>assistant\n"
     )
+
+
+class Scripted:
+    """Stands for the decode loop: the reply is given, the cache stays empty."""
+
+    def __init__(self, text, tokenizer):
+        self.ids, self.cache = tokenizer.encode(text), None
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __iter__(self):
+        return iter([[token] for token in self.ids])
+
+    def active(self, row):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "written", "message"),
+    [
+        ({}, "<think>\nwhy\n</think>\n\nSo", {"content": "So", "reasoning_content": "why"}),
+        ({}, "So it is\n", {"content": "So it is\n"}),
+        ({}, "<think>\nwhy", {"content": "", "reasoning_content": "why"}),
+        ({"open": True}, "why\n</think>\n\nSo", {"content": "So", "reasoning_content": "why"}),
+        (
+            {},
+            "<think>\nwhy\n</think>\n\nSo\n<tool_call>\n{}\n</tool_call>",
+            {"content": "So\n<tool_call>\n{}\n</tool_call>", "reasoning_content": "why"},
+        ),
+    ],
+)
+def test_history_keeps_reasoning_apart(narrow, tokenizer, monkeypatch, variables, written, message):
+    source = tokenizer.chat_template + "{%- if open %}{{- '<think>\\n' }}{%- endif %}"
+    conversation = Conversation(*narrow, with_template(tokenizer, source), **variables)
+    monkeypatch.setattr(conversation_module, "TokenStream", Scripted(written, tokenizer))
+    answer, _ = conversation.reply("Hi", NEW)
+    assert answer.text == written
+    assert conversation.messages[-1] == {"role": "assistant", **message}
+    # Old reasoning is dropped by the template.
+    assert "why" not in tokenizer.decode(conversation.prompt_ids("And?"))

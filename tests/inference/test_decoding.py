@@ -322,3 +322,62 @@ def test_other_temperatures_compile_nothing(small):
         )
         counts.append((decoding._prefill._cache_size(), decoding._decode_step._cache_size()))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(repetition_penalty=1.4), SAMPLED])
+def test_forced_tokens_of_a_row_are_like_its_own(small, options):
+    """What follows them is what follows a prompt that holds them; the other rows do not notice."""
+    _, model, params = small
+    prompts = random_prompts([9, 5, 7])
+    free = list(zip(*TokenStream(model, params, prompts, 20, options, [], 3), strict=True))
+    forced = {0: (4, [11, 12, 13]), 2: (9, [311])}
+    stream = TokenStream(model, params, prompts, 20, options, [], 3)
+    steps = []
+    for step in stream:
+        steps.append(step)
+        for row, (start, ids) in forced.items():
+            if len(steps) == start:
+                stream.force(row, ids)
+    found = list(zip(*steps, strict=True))
+    assert found[1] == free[1]
+    for row, (start, ids) in forced.items():
+        end = start + len(ids)
+        assert found[row][:start] == free[row][:start]
+        assert list(found[row][start:end]) == ids != list(free[row][start:end])
+        assert found[row][end:] != free[row][end:]
+        # One token at a time by forcing everything that came: the same cache, counts and draws.
+        again = TokenStream(model, params, prompts, 20, options, [], 3)
+        again.force(row, found[row][:end])
+        assert list(zip(*again, strict=True))[row] == found[row]
+
+
+def test_greedy_tokens_after_forced_ones_are_the_reference_s(small):
+    reference, model, params = small
+    (prompt,) = random_prompts([12])
+    stream = TokenStream(model, params, [prompt], 30, stop_ids=[])
+    stream.force(0, [7, 8, 9])
+    tokens = [token for (token,) in stream]
+    assert tokens[:3] == [7, 8, 9]
+    expected = reference_generate(reference, [[*prompt, 7, 8, 9]], max_new_tokens=27)
+    assert tokens[3:] == expected[0]
+
+
+def test_a_forced_stop_id_ends_its_row_and_a_wrong_id_is_refused(small):
+    _, model, params = small
+    stream = TokenStream(model, params, random_prompts([5, 8]), 4, stop_ids=[3])
+    with pytest.raises(UserError, match="token id 320 is outside"):
+        stream.force(0, [320])
+    stream.force(0, [2, 3, 4])
+    steps = list(stream)
+    assert [step[0] for step in steps] == [2, 3, None, None]
+    assert steps[-1][1] is not None
+
+
+def test_forced_tokens_do_not_hide_logits_that_are_not_numbers(small):
+    _, model, params = small
+    broken = jax.tree.map(lambda x: x, params)
+    broken["norm"]["weight"] = np.full_like(params["norm"]["weight"], np.nan)
+    stream = TokenStream(model, broken, [[1, 2]], 4)
+    stream.force(0, [5])
+    with pytest.raises(UserError, match="the logits of new token 1 are NaN"):
+        next(stream)

@@ -306,7 +306,10 @@ def only(name, content):
 
 BYTES = "\n".join(f"{__import__('base64').b64encode(bytes([i])).decode()} {i}" for i in range(256))
 BAD_DIRECTORIES = {
-    "nothing": (only("x", ""), "looked for tokenizer.json, vocab.json with merges.txt, and qwen"),
+    "nothing": (
+        only("x", ""),
+        "looked for tokenizer.json, vocab.json with merges.txt, qwen.tiktoken",
+    ),
     "cut json": (write("tokenizer.json", '{"model":'), "tokenizer.json: not a tokenizer"),
     "other json": (write("tokenizer.json", "[]"), "tokenizer.json: not a tokenizer"),
     "binary json": (write("tokenizer.json", b"\xff\xfe"), "tokenizer.json: byte 0 is not UTF-8"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import qwen_jax
+from tests.text.chat_templates import QWEN3
 from tests.tools.conftest import DEFAULTS, ROOT, refusal, start_tool
 
 LONG = "a" * 301
@@ -31,13 +32,32 @@ LINES = {
     "nobody": ['{"messages": [{"content": "x"}]}'],
     "toolbox": ['{"messages": [{"role": "user", "content": "x"}], "tools": [3]}'],
     "half": ['{"prompt": "\\ud800"}'],
+    "holes": [
+        '{"prefix": "the ", "suffix": " end<|endoftext|>"}',
+        json.dumps(
+            {
+                "prefix": "a",
+                "suffix": "",
+                "repository": "r",
+                "path": "p",
+                "files": [{"path": "q", "content": "<|fim_middle|>"}],
+            }
+        ),
+    ],
+    "hole": ['{"prefix": "x"}'],
+    "partial": ['{"prefix": "x", "suffix": "y", "path": "z"}'],
+    "filing": ['{"prefix": "x", "suffix": "y", "path": "z", "repository": "r", "files": [3]}'],
+    "paths": ['{"prefix": "x", "suffix": "y", "path": "a\\nb", "repository": "r", "files": []}'],
     "blank": [""],
 }
 TEMPLATES = {
+    "opening": QWEN3 + "{{- '<think>\\n' }}",
     "looping": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "raising": "{{ raise_exception('no thanks') }}",
     "mistyped": "{% if %}",
 }
+INFILL = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+          "<|file_sep|>"]  # fmt: skip
 
 # Runs many command lines in one process, each as if it were alone.
 DRIVER = """
@@ -94,9 +114,17 @@ def models(checkpoint, tmp_path_factory):
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     far = {str(i): {"content": f"<|{i}|>", "special": True} for i in range(264, 321)}
     config["added_tokens_decoder"].update(far)
+    thoughtless = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del thoughtless["added_tokens_decoder"]["262"], thoughtless["added_tokens_decoder"]["263"]
+    coder = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    coder["added_tokens_decoder"].update(
+        {str(264 + i): {"content": token, "special": False} for i, token in enumerate(INFILL)}
+    )
     return {
         "good": checkpoint,
+        "coder": altered("coder", "tokenizer_config.json", json.dumps(coder)),
         "misfit": altered("misfit", "tokenizer_config.json", json.dumps(config)),
+        "thoughtless": altered("thoughtless", "tokenizer_config.json", json.dumps(thoughtless)),
         "beams": altered("beams", "generation_config.json", '{"num_beams": 4}'),
         **{name: altered(name, "chat_template.jinja", text) for name, text in TEMPLATES.items()},
     }
@@ -121,6 +149,14 @@ WRITES = {
     "typed, allowed": ["--prompt=a<|im_end|>b", "--output=json", "--allow_special"],
     "longer": [f"--prompt={LONG}", "--allow_longer", "--output=json"],
     "longer, scaled": [f"--prompt={LONG}", "--rope=yarn:4,original=300", "--output=json"],
+    "budget": ["--prompt=the sky", "--prompt=x", "--chat", "--thinking", "--thinking_budget=3",
+               "--output=json", "--temperature=0", "--model={opening}"],
+    "budget of none": ["--prompt=x", "--chat", "--thinking_budget=0", "--output=json",
+                       "--temperature=0", "--model={opening}"],
+    "budget in text": ["--prompt=x", "--chat", "--thinking_budget=2", "--temperature=0",
+                       "--model={opening}"],
+    "holes": ["--input={files}/holes.jsonl", "--infill", "--output=json", "--model={coder}",
+              "--temperature=0"],
     "half": ["--prompt=x", "--dtype=bfloat16", "--output=json"],
 }  # fmt: skip
 REFUSES = {
@@ -139,6 +175,23 @@ REFUSES = {
     "stop": (["--prompt=x", "--stop="], "stop strings must be non-empty"),
     "system alone": (["--prompt=x", "--system=y"], "--system needs --chat"),
     "thinking alone": (["--prompt=x", "--thinking"], "--thinking needs --chat"),
+    "budget alone": (["--prompt=x", "--thinking_budget=3"], "--thinking_budget needs --chat"),
+    "budget below": (["--prompt=x", "--chat", "--thinking_budget=-1"],
+                     "flag --thinking_budget=-1"),
+    "thoughtless": (["--prompt=x", "--chat", "--thinking_budget=3", "--model={thoughtless}"],
+                    "thinking_budget: the tokenizer has no token <think>"),
+    "infill prompt": (["--prompt=x", "--infill"], "--infill takes --input=FILE.jsonl"),
+    "infill chat": (["--input={files}/holes.jsonl", "--infill", "--chat"], "--infill takes"),
+    "infill without": (["--input={files}/holes.jsonl", "--infill"],
+                       "{files}/holes.jsonl:1: infill: the tokenizer has no tokens such as"),
+    "hole": (["--input={files}/hole.jsonl", "--infill"],
+             "{files}/hole.jsonl:1: needs suffix besides prefix"),
+    "partial": (["--input={files}/partial.jsonl", "--infill"],
+                "{files}/partial.jsonl:1: needs repository, files besides"),
+    "filing": (["--input={files}/filing.jsonl", "--infill"],
+               "{files}/filing.jsonl:1: files should be a list of objects with path and content"),
+    "paths": (["--input={files}/paths.jsonl", "--infill", "--model={coder}"],
+              "{files}/paths.jsonl:1: infill: path should be one line of text, is 'a\\nb'"),
     "dtype": (["--prompt=x", "--dtype=int8"], "flag --dtype=int8: value should be one of"),
     "rope kind": (["--prompt=x", "--rope=spiral:2"], "--rope=spiral:2: kind 'spiral' is unknown"),
     "rope form": (["--prompt=x", "--rope=yarn:4,original"], "--rope=yarn:4,original: 'original'"),
@@ -294,6 +347,51 @@ def test_a_prompt_with_chat_is_a_user_message(written, loaded):
 def test_control_tokens_are_text_unless_allowed(written):
     assert written("typed")[0]["prompt_tokens"] == len("a<|im_end|>b")
     assert written("typed, allowed")[0]["prompt_tokens"] == 3
+
+
+def test_reasoning_is_closed_at_its_budget(written, results, loaded, models):
+    tokenizer, generate = loaded
+    closing = tokenizer.encode("</think>\n\n")
+    opening = qwen_jax.load_tokenizer(models["opening"])
+    for record, said in zip(written("budget"), ("the sky", "x"), strict=True):
+        chat = [{"role": "user", "content": said}]
+        ids = opening.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=True)
+        free = generate([ids], 3)[0]
+        assert record["token_ids"][: 3 + len(closing)] == free + closing
+        assert record["reasoning"] == tokenizer.decode(free, skip_special_tokens=True).strip("\n")
+        answer = tokenizer.decode(record["token_ids"][3 + len(closing) :], skip_special_tokens=True)
+        assert record["content"] == answer.lstrip("\n")
+        assert (record["tool_calls"], record["problems"]) == ([], [])
+    (record,) = written("budget of none")
+    assert record["token_ids"][: len(closing)] == closing
+    assert record["reasoning"] == ""
+    assert results["budget in text"][1].count("</think>\n\n") == 1
+
+
+def test_replies_are_taken_apart_in_records_of_chats(written):
+    for record in written("chats"):
+        assert (record["reasoning"], record["content"]) == (None, record["text"])
+        assert (record["tool_calls"], record["problems"]) == ([], [])
+    assert "content" not in written("json")[0]
+
+
+def test_holes_are_filled(written, models):
+    tokenizer = qwen_jax.load_tokenizer(models["coder"])
+    first, second = written("holes")
+    ids = tokenizer.encode("<|fim_prefix|>the <|fim_suffix|>") + tokenizer.encode(
+        " end<|endoftext|>", allow_special=False
+    )
+    ids.append(tokenizer.token_to_id("<|fim_middle|>"))
+    assert first["prompt_tokens"] == len(ids)
+    model, params = qwen_jax.load_pretrained(models["coder"])
+    stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>", *INFILL)]
+    expected = qwen_jax.generate(
+        model, params, [ids], DEFAULTS["max_new_tokens"], stop_ids=stop_ids
+    )
+    assert first["token_ids"] == expected[0]
+    # r, p, q, a, four line ends, the spelled token, and six tokens: name, two files, the hole.
+    assert second["prompt_tokens"] == 4 + 4 + len("<|fim_middle|>") + 6
+    assert second["files"] == [{"path": "q", "content": "<|fim_middle|>"}]
 
 
 def test_several_texts_are_numbered(results):

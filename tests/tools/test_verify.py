@@ -82,8 +82,18 @@ def test_what_transformers_refuses_is_said_in_one_line(checkpoint, tmp_path, fie
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--tolerance=nan", "--tolerance=nan should be"), ("--seed=-1", "flag --seed=-1")],
-    ids=["tolerance", "seed"],
+    [
+        ("--tolerance=nan", "--tolerance=nan should be"),
+        ("--seed=-1", "flag --seed=-1"),
+        ("--layers=0", "--layers is for a preset"),
+    ],
+    ids=["tolerance", "seed", "layers"],
 )
 def test_bad_flags_are_refused_in_one_line(run_tool, checkpoint, argument, message):
     assert refusal(run_tool("verify", f"--model={checkpoint}", argument)).startswith(message)
+
+
+@pytest.mark.parametrize("layers", ["x", "0,-1", "", "0,28"])
+def test_layers_that_a_preset_does_not_have_are_refused(run_tool, layers):
+    message = refusal(run_tool("verify", "--model=qwen3-0.6b", f"--layers={layers}"))
+    assert "layer" in message

@@ -1,0 +1,1 @@
+"""Plain PyTorch renderings of formulas that transformers has no class for."""
