@@ -14,7 +14,7 @@ ROOMS = ("qwen_jax", "tools", "configs")
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 FAMILY_ROOMS = ("nn", "models", "inference", "evaluation")
 # Distributions that do not bear the name of what is imported from them.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "google": "protobuf", "orbax": "orbax-checkpoint"}
 # Imported where the reference is wanted, and only there.
 OPTIONAL = {"torch", "transformers"}
 

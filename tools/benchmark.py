@@ -2,28 +2,39 @@
 
     python -m tools.benchmark --model=DIR --workdir=results
     python -m tools.benchmark --model=qwen3-0.6b --workdir=results
+    python -m tools.benchmark --workload=dispatch --model=qwen3-30b-a3b --workdir=results
 
 A preset's name stands for random weights of its shape, written by transformers in bfloat16 into
 --workdir. Everything runs in float32. Medians are printed with the lowest and the highest figure,
 and results.jsonl gets every measurement with what it was made with. Needs requirements-dev.txt.
+
+--workload=dispatch measures the ways of running one mixture-of-experts layer of the model's shape
+instead, with random weights and without the reference, and draws dispatch.png.
 """
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
+import jax
 import tqdm
 from absl import flags
 
 from configs.models import get_preset, names_a_preset
+from qwen_jax.benchmark.dispatch import DispatchRow, measure_dispatch
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
+from qwen_jax.benchmark.pictures import draw_dispatch
 from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.benchmark.throughput import measure_throughput
 from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
+from qwen_jax.nn.moe import Dispatch, choose_dispatch
 from qwen_jax.reference import import_reference
 from tools import command_line
 
@@ -32,7 +43,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=Tr
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "Tokens to prefill.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("decode_tokens", 16, "Tokens to decode.", 1, 128)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each figure.", lower_bound=1)
-_FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS)
+_WORKLOAD = flags.DEFINE_enum(
+    "workload", "model", ["model", "dispatch"], "What to measure: the model, or its experts alone."
+)
+_TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "256", "1024"], "Numbers for dispatch.")
+_FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
 
 
 def main() -> None:
@@ -48,6 +63,9 @@ def main() -> None:
     except OSError as error:
         message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
         raise UserError(message) from None
+    if _WORKLOAD.value == "dispatch":
+        _measure_dispatch(load_config(directory) if preset is None else preset, workdir)
+        return
     import_reference()
     if preset is not None and not (directory / "config.json").is_file():
         write_random_checkpoint(preset, directory)
@@ -68,14 +86,48 @@ def main() -> None:
     for name, speed in speeds.items():
         figures[name][f"prefill of {_PROMPT.value}, tokens/s"] = speed["prefill"]
         figures[name][f"decode after {_PROMPT.value}, tokens/s"] = speed["decode"]
-    flag_values = {flag.name: flag.value for flag in _FLAGS}
-    origin = provenance("float32", flag_values)
-    with results.open("a", encoding="utf-8") as file:
-        for name, measured in figures.items():
-            for what, values in measured.items():
-                record = {"model": _MODEL.value, "engine": name, "what": what, "values": values}
-                file.write(json.dumps({**record, **origin}) + "\n")
+    _write(
+        workdir,
+        [
+            {"engine": name, "what": what, "values": values}
+            for name, measured in figures.items()
+            for what, values in measured.items()
+        ],
+    )
     _print_table(figures)
+
+
+def _write(workdir: Path, records: list[dict[str, Any]]) -> None:
+    origin = provenance("float32", {flag.name: flag.value for flag in _FLAGS})
+    with (workdir / "results.jsonl").open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps({"model": _MODEL.value, **record, **origin}) + "\n")
+
+
+def _measure_dispatch(config: ModelConfig, workdir: Path) -> None:
+    if config.moe is None:
+        raise UserError(f"--model={_MODEL.value} has no experts to dispatch to")
+    if not all(n.isdecimal() and int(n) for n in _TOKENS.value) or not _TOKENS.value:
+        raise UserError(f"--tokens={','.join(_TOKENS.value)} should be numbers, such as 1,64")
+    counts = [int(n) for n in _TOKENS.value]
+    rows = measure_dispatch(config.moe, config.hidden_size, counts, repeats=_REPEATS.value)
+    _write(workdir, [{"workload": "dispatch", **dataclasses.asdict(row)} for row in rows])
+    moe = config.moe
+    shape = f"{moe.num_experts} experts of {moe.intermediate_size}, {moe.num_experts_per_tok} each"
+    draw_dispatch(rows, f"{_MODEL.value}: {shape}, float32", workdir / "dispatch.png")
+    chosen = {n: choose_dispatch(n, moe, jax.default_backend()) for n in counts}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    print(f"| tokens | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    for n in counts:
+        cells = [_cell(row, chosen[n]) for row in rows if row.num_tokens == n]
+        print(f"| {n} | {' | '.join(cells)} |")
+    print("ms (temporaries, MB); the default in bold")
+
+
+def _cell(row: DispatchRow, chosen: Dispatch) -> str:
+    time = "not run" if row.median is None else f"{1e3 * row.median:.3g}"
+    cell = f"{time} ({row.temporaries / 1e6:.3g})"
+    return f"**{cell}**" if row.method is chosen else cell
 
 
 def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:

@@ -21,7 +21,7 @@ class DispatchRow:
       num_tokens: N.
       method: how the experts ran.
       temporaries: bytes that the compiled program takes beside its arguments and results.
-      seconds: of each repeat; empty where the temporaries were over the limit.
+      seconds: of each repeat; empty where a limit kept it from running.
       ratio: of the median to the least median at this number of tokens; None where it did not run.
     """
 
@@ -45,6 +45,7 @@ def measure_dispatch(
     repeats: int = 5,
     gradient: bool = False,
     memory_limit: float = 10e9,
+    time_limit: float = 30.0,
     capacity_factor: float = 1.25,
 ) -> list[DispatchRow]:
     """Seconds of router and experts with random float32 weights, the methods turn by turn.
@@ -57,6 +58,7 @@ def measure_dispatch(
       repeats: measurements of each.
       gradient: whether to measure the gradient, of tokens and all weights, in place of the output.
       memory_limit: bytes of temporaries above which a method is compiled but not run.
+      time_limit: seconds; a method that took longer once is not measured, nor run with more tokens.
       capacity_factor: of `Dispatch.CAPACITY`.
 
     Returns:
@@ -70,7 +72,7 @@ def measure_dispatch(
         "down_proj": jax.random.normal(keys[2], (E, D, F)) * F**-0.5,
     }
     router = jax.random.normal(keys[3], (E, D)) * D**-0.5
-    methods, rows = tuple(methods), []
+    methods, rows, slow = tuple(methods), [], set()
     for num_tokens in tqdm.tqdm(tuple(token_counts), desc="measuring", disable=None):
         x = jax.random.normal(keys[4], (num_tokens, D))
         programs = {
@@ -83,19 +85,24 @@ def measure_dispatch(
             method: program.memory_analysis().temp_size_in_bytes
             for method, program in programs.items()
         }
-        seconds = {method: [] for method in methods if temporaries[method] <= memory_limit}
-        for repeat in range(repeats + 1):
+        runs = [m for m in methods if temporaries[m] <= memory_limit and m not in slow]
+        slow |= {m for m in runs if _time(programs[m], x, router, experts) > time_limit}
+        seconds = {method: [] for method in runs if method not in slow}
+        for _ in range(repeats):
             for method, values in seconds.items():
-                start = time.perf_counter()
-                jax.block_until_ready(programs[method](x, router, experts))
-                if repeat:
-                    values.append(time.perf_counter() - start)
+                values.append(_time(programs[method], x, router, experts))
         best = min((statistics.median(values) for values in seconds.values()), default=None)
         for method in methods:
             values = tuple(seconds.get(method, ()))
             ratio = statistics.median(values) / best if values else None
             rows.append(DispatchRow(num_tokens, method, temporaries[method], values, ratio))
     return rows
+
+
+def _time(program: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
 
 
 def _program(

@@ -62,6 +62,7 @@ def load_sentencepiece(path: Path, config: TokenizerConfig) -> HuggingFaceVocabu
 
 def _read_model(path: Path) -> Any:
     # Imported here: the reader of its format takes time, and few checkpoints need it.
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -69,7 +70,7 @@ def _read_model(path: Path) -> Any:
         model.ParseFromString(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
-    except Exception:  # What the parser raises depends on its version.
+    except DecodeError:
         model.Clear()
     if not model.pieces:
         raise UserError(f"{path}: not a SentencePiece model; download the file again")
