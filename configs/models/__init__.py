@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from configs.models import qwen1_5, qwen2, qwen2_5, qwen3
+from configs.models import qwen1, qwen1_5, qwen2, qwen2_5, qwen3, qwen3_5, qwen3_next
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
-    {**qwen1_5.PRESETS, **qwen2.PRESETS, **qwen2_5.PRESETS, **qwen3.PRESETS}
+    {
+        **qwen1.PRESETS,
+        **qwen1_5.PRESETS,
+        **qwen2.PRESETS,
+        **qwen2_5.PRESETS,
+        **qwen3.PRESETS,
+        **qwen3_next.PRESETS,
+        **qwen3_5.PRESETS,
+    }
 )
 
 

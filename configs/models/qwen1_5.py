@@ -1,5 +1,7 @@
 """Qwen1.5 (February to April 2024) and CodeQwen1.5: multi-head attention but for 32B and 110B.
 
+MoE-A2.7B was made of the 1.8B: 60 experts and a shared one of four times their width.
+
 Shapes and settings from the published `config.json` files where public code and logs quote them
 (0.5B, 110B), else from the tables of other implementations. A chat model differs from its base in
 the id that ends a text: `<|im_end|>` for `<|endoftext|>`.
@@ -7,6 +9,7 @@ the id that ends a text: `<|im_end|>` for `<|endoftext|>`.
 Unsure, so compare with the checkpoint's own `config.json`:
   * `rope_theta` of 4B: 5e6 from recollection, where every other size has 1e6;
   * `eos_token_ids` of the chat models, which the template needs but no quoted file confirms;
+  * `max_position_embeddings` of MoE-A2.7B-Chat, taken from its base;
   * CodeQwen1.5: all but its size, GQA with 4 key/value heads and 65536 positions, which its card
     and public tables give. In particular `rms_norm_eps` and the ids of its own vocabulary.
 """
@@ -14,7 +17,7 @@ Unsure, so compare with the checkpoint's own `config.json`:
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qwen_jax.config import LayerKind, ModelConfig, RopeSpec
+from qwen_jax.config import LayerKind, ModelConfig, MoeSpec, RopeSpec
 
 _FULL = LayerKind.FULL_ATTENTION
 
@@ -83,6 +86,21 @@ _72B = replace(
 )
 _110B = replace(_72B, intermediate_size=49152, num_key_value_heads=8)
 
+_MOE_A2_7B = replace(
+    _1_8B,
+    family="qwen2_moe",
+    intermediate_size=5632,
+    max_position_embeddings=8192,
+    moe=MoeSpec(
+        layers=tuple(range(24)),
+        num_experts=60,
+        num_experts_per_tok=4,
+        intermediate_size=1408,
+        renormalise=False,
+        shared_intermediate_size=5632,
+    ),
+)
+
 _CODE_7B = replace(
     _7B,
     vocab_size=92416,
@@ -116,6 +134,8 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen1.5-72b-chat": _chat(_72B),
     "qwen1.5-110b": _110B,
     "qwen1.5-110b-chat": _chat(_110B),
+    "qwen1.5-moe-a2.7b": _MOE_A2_7B,
+    "qwen1.5-moe-a2.7b-chat": _chat(_MOE_A2_7B),
     "codeqwen1.5-7b": _CODE_7B,
     "codeqwen1.5-7b-chat": replace(_CODE_7B, eos_token_ids=(4,)),
 }

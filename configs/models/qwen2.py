@@ -3,7 +3,8 @@
 Shapes and settings from the published `config.json` files, as quoted in public code and logs. A
 base declares 131072 positions and ends a text with `<|endoftext|>`, an instruction model declares
 32768 and ends with `<|im_end|>`; 72B also changes `rms_norm_eps`, from 1e-5 to 1e-6. The math
-models were trained at 4096 positions with the rotary base of 1e4.
+models were trained at 4096 positions with the rotary base of 1e4. 57B-A14B is the 7B with 64
+experts and a shared one in every layer.
 
 Unsure, so compare with the checkpoint's own `config.json`: the settings of Qwen2-Math, taken from
 Qwen2.5-Math, which has the same shapes; there the `rms_norm_eps` of 72B-Instruct is a guess.
@@ -12,7 +13,7 @@ Qwen2.5-Math, which has the same shapes; there the `rms_norm_eps` of 72B-Instruc
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qwen_jax.config import LayerKind, ModelConfig, RopeSpec
+from qwen_jax.config import LayerKind, ModelConfig, MoeSpec, RopeSpec
 
 _FULL = LayerKind.FULL_ATTENTION
 
@@ -59,6 +60,20 @@ QWEN2_72B = replace(
     rms_norm_eps=1e-5,
 )
 
+_57B_A14B = replace(
+    QWEN2_7B,
+    family="qwen2_moe",
+    vocab_size=151936,
+    moe=MoeSpec(
+        layers=tuple(range(28)),
+        num_experts=64,
+        num_experts_per_tok=8,
+        intermediate_size=2560,
+        renormalise=False,
+        shared_intermediate_size=20480,
+    ),
+)
+
 
 def instruct(base: ModelConfig) -> ModelConfig:
     """The instruction model trained from `base`, in Qwen2 and Qwen2.5 alike."""
@@ -79,6 +94,8 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen2-7b-instruct": instruct(QWEN2_7B),
     "qwen2-72b": QWEN2_72B,
     "qwen2-72b-instruct": instruct(QWEN2_72B),
+    "qwen2-57b-a14b": _57B_A14B,
+    "qwen2-57b-a14b-instruct": instruct(_57B_A14B),
     "qwen2-math-1.5b": math(QWEN2_1_5B),
     "qwen2-math-1.5b-instruct": math(instruct(QWEN2_1_5B)),
     "qwen2-math-7b": math(QWEN2_7B),

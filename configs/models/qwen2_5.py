@@ -7,16 +7,19 @@ of 14B, 32B and 72B, and QwQ, declare `rms_norm_eps` 1e-5, everything else 1e-6.
 Unsure, so compare with the checkpoint's own `config.json`:
   * `rms_norm_eps` of Coder-14B-Instruct, Coder-32B-Instruct and Math-72B-Instruct, taken from the
     general instruction models of those sizes;
-  * `max_position_embeddings` of QwQ-32B: public quotations have both 131072 and 40960.
+  * `max_position_embeddings` of QwQ-32B: public quotations have both 131072 and 40960;
+  * the reward models: all but their shapes and heads, taken from Math-Instruct; in particular
+    `pad_token_id`, after which a text's last token is sought.
 
-The 1M variants, whose attention is another, are not here.
+The 1M variants attend in chunks beyond 262144 positions. A reward model reads the hidden states
+with two layers: one score for a text (RM), or two logits for each step of a solution (PRM).
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from configs.models.qwen2 import QWEN2_0_5B, QWEN2_1_5B, QWEN2_7B, QWEN2_72B, instruct, math
-from qwen_jax.config import LayerKind, ModelConfig
+from qwen_jax.config import DualChunkSpec, HeadKind, LayerKind, ModelConfig, RopeSpec
 
 _FULL = LayerKind.FULL_ATTENTION
 
@@ -48,6 +51,22 @@ _QWQ = replace(_32B, eos_token_ids=(151645,))
 
 def _coder(base: ModelConfig) -> ModelConfig:
     return replace(base, max_position_embeddings=32768)
+
+
+def _1m(instruction: ModelConfig) -> ModelConfig:
+    return replace(
+        instruction,
+        max_position_embeddings=1010000,
+        rope=RopeSpec(theta=1e7),
+        rms_norm_eps=1e-5,
+        dual_chunk=DualChunkSpec(
+            chunk_size=262144, local_size=8192, original_max_position_embeddings=262144
+        ),
+    )
+
+
+def _reward(base: ModelConfig, num_labels: int) -> ModelConfig:
+    return replace(math(instruct(base)), head=HeadKind.TWO_LAYER_SCORE, num_labels=num_labels)
 
 
 PRESETS: Mapping[str, ModelConfig] = {
@@ -83,6 +102,11 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen2.5-math-7b-instruct": math(instruct(_7B)),
     "qwen2.5-math-72b": math(_72B),
     "qwen2.5-math-72b-instruct": math(instruct(_72B)),
+    "qwen2.5-7b-instruct-1m": _1m(instruct(_7B)),
+    "qwen2.5-14b-instruct-1m": _1m(instruct(_14B)),
+    "qwen2.5-math-rm-72b": _reward(_72B, 1),
+    "qwen2.5-math-prm-7b": _reward(_7B, 2),
+    "qwen2.5-math-prm-72b": _reward(_72B, 2),
     "qwq-32b-preview": replace(_QWQ, max_position_embeddings=32768),
     "qwq-32b": _QWQ,
 }

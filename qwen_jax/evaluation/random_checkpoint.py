@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from qwen_jax.checkpoint.writer import new_directory
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import HeadKind, ModelConfig
+from qwen_jax.errors import UserError
 from qwen_jax.hf_config import write_hf_config
 from qwen_jax.reference import import_reference
 
@@ -14,11 +15,18 @@ def write_random_checkpoint(config: ModelConfig, directory: Path, seed: int = 0)
     Biases and norm weights are random too: fresh ones are 0 and 1, which hide mistakes.
 
     Raises:
-      UserError: torch and transformers are not installed, or `directory` cannot be written.
+      UserError: torch and transformers are not installed, transformers has no such model, or
+        `directory` cannot be written.
     """
     torch, transformers = import_reference()
     fields = write_hf_config(config)
-    reference = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    family = fields.pop("model_type")
+    if family not in transformers.CONFIG_MAPPING or config.head is not HeadKind.VOCABULARY:
+        raise UserError(
+            f"transformers has no language model to write for model_type {family} with "
+            f"a {config.head.value} head; give a checkpoint directory"
+        )
+    reference = transformers.CONFIG_MAPPING[family](**fields)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(reference, dtype=torch.bfloat16)
     with torch.no_grad():

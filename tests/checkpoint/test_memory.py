@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from qwen_jax.checkpoint.names import leaf_at, regions
+from qwen_jax.checkpoint.regions import stored_shape
 from qwen_jax.hf_config import read_hf_config
 from qwen_jax.models.decoder import parameter_shapes
 
@@ -56,13 +57,30 @@ FIELDS = {
     "tie_word_embeddings": True,
 }
 
+# Many stored tensors make up one parameter here.
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 6,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+}
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize(("stored", "num_layers"), [("bfloat16", 32), ("float32", 16)])
+@pytest.mark.parametrize(
+    ("stored", "more"),
+    [
+        ("bfloat16", {"num_hidden_layers": 32}),
+        ("float32", {"num_hidden_layers": 16}),
+        ("bfloat16", EXPERTS),
+    ],
+    ids=["bfloat16", "float32", "experts"],
+)
 def test_a_load_takes_less_than_twice_the_largest_tensor_beside_the_parameters(
-    tmp_path, stored, num_layers
+    tmp_path, stored, more
 ):
-    fields = {**FIELDS, "num_hidden_layers": num_layers, "torch_dtype": stored}
+    fields = {**FIELDS, **more, "torch_dtype": stored}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = read_hf_config(fields)
     shapes = parameter_shapes(config)
@@ -70,8 +88,8 @@ def test_a_load_takes_less_than_twice_the_largest_tensor_beside_the_parameters(
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(
         {
-            name: np.resize(some, leaf_at(shapes, where).shape)
-            for name, where in ((region.name, region.path) for region in regions(config))
+            region.name: np.resize(some, stored_shape(region, leaf_at(shapes, region.path).shape))
+            for region in regions(config)
         },
         path,
         metadata={"format": "pt"},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from configs.models import get_preset
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import read_hf_config
@@ -42,6 +43,13 @@ def test_a_part_of_the_layers_is_a_model(tmp_path):
     assert dataclasses.replace(model.config, dtype=part.dtype) == part
     with pytest.raises(UserError, match="layer 4 is not one of the model's 4"):
         config.with_layers([0, 4])
+
+
+@pytest.mark.parametrize("preset", ["qwen-1_8b", "qwen2.5-math-rm-72b"])
+def test_what_the_reference_cannot_write_is_refused(preset, tmp_path):
+    with pytest.raises(UserError, match="transformers has no language model to write"):
+        write_random_checkpoint(get_preset(preset), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 # Killed with config.json written, before the weights are.
