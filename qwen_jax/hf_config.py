@@ -82,6 +82,7 @@ class _Family:
         models: gated, zero-centred, a quarter of each head rotated.
       experts: whether there may be any, and how they are weighted.
       shared_expert: whether there is one beside them.
+      dense_layers: whether some layers may go without.
       layer_kinds: rule that gives `layer_types` where config.json does not.
     """
 
@@ -93,6 +94,7 @@ class _Family:
     hybrid: bool = False
     experts: _Renormalise | None = None
     shared_expert: bool = False
+    dense_layers: bool = True
     layer_kinds: Callable[[Fields, int, int | None], list[str]] | None = None
 
 
@@ -147,7 +149,8 @@ _FAMILIES = {
     ),
     "qwen3_5_moe_text": _Family(
         "Qwen3_5Moe", _Bias.ALL_BY_FIELD, 2, 256, qk_norm=True, hybrid=True,
-        experts=_Renormalise.ALWAYS, shared_expert=True, layer_kinds=_interleaved,
+        experts=_Renormalise.ALWAYS, shared_expert=True, dense_layers=False,
+        layer_kinds=_interleaved,
     ),
 }  # fmt: skip
 
@@ -158,7 +161,7 @@ _TEXT_TOWERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _OF_PICTURES = frozenset(
     """
     text_config vision_config model_type image_token_id video_token_id vision_start_token_id
-    vision_end_token_id
+    vision_end_token_id language_model_only
 """.split()
 )
 
@@ -184,6 +187,7 @@ _ONLY = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "mlp_bias": False,
+    "no_bias": True,
     "use_dynamic_ntk": False,
     "use_logn_attn": False,
     "scale_attn_weights": True,
@@ -191,6 +195,7 @@ _ONLY = {
     "partial_rotary_factor": 1.0,
     "mamba_ssm_dtype": "float32",
     "mtp_use_dedicated_embeddings": False,
+    "output_gate_type": "swish",
     "use_mrope": False,
 }
 
@@ -243,8 +248,7 @@ def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelCon
 def _text_tower(fields: Fields) -> Fields:
     """The fields of the text tower of a vision-language model, as one model's."""
     text = fields.require("text_config", "object")
-    inner = dict(text)
-    inner.pop("model_type", None)
+    inner = {k: v for k, v in text.items() if k not in ("model_type", "architectures")}
     for name in ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "dtype",
                  "torch_dtype", "quantization_config"):  # fmt: skip
         outer = fields.values.get(name)
@@ -289,6 +293,8 @@ def _read_decoder(fields: Fields, name: str) -> ModelConfig:
     if family.hybrid and not fields.take("attn_output_gate", "boolean", True):
         raise fields.refuse("attn_output_gate", False, "this model_type always has the gate")
     moe = _read_experts(fields, num_layers, family)
+    if fields.take("use_qk_norm", "boolean", family.qk_norm) != family.qk_norm:
+        raise fields.refuse("use_qk_norm", not family.qk_norm, f"{name} is the other way")
     return ModelConfig(
         family=name,
         vocab_size=fields.require("vocab_size", "integer"),
@@ -350,6 +356,8 @@ def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
 def _read_biases(fields: Fields, family: str, bias: _Bias) -> tuple[bool, bool]:
     """Whether queries, keys and values have biases, and whether the output has one."""
     if bias is _Bias.ALL_BY_FIELD:
+        if fields.take("qkv_bias", "boolean", False):
+            raise fields.refuse("qkv_bias", True, f"biases of {family} go by attention_bias")
         both = fields.take("attention_bias", "boolean", False)
         return both, both
     found = {name: fields.take(name, "boolean", True) for name in ("attention_bias", "qkv_bias")}
@@ -380,6 +388,11 @@ def _read_experts(fields: Fields, num_layers: int, family: _Family) -> MoeSpec |
         raise fields.refuse("decoder_sparse_step", step, "at least 1 is needed")
     dense = fields.take("mlp_only_layers", "list of integers", [])
     layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
+    if not family.dense_layers and len(layers) < num_layers:
+        raise UserError(
+            f"{fields.source}: decoder_sparse_step = {step} and mlp_only_layers = {dense} leave "
+            "layers without experts, which this model_type does not have; remove both"
+        )
     renormalise = True
     if family.experts is not _Renormalise.ALWAYS:
         renormalise = fields.take("norm_topk_prob", "boolean", family.experts.value)
@@ -388,6 +401,10 @@ def _read_experts(fields: Fields, num_layers: int, family: _Family) -> MoeSpec |
     shared = None
     if family.shared_expert:
         shared = fields.require("shared_expert_intermediate_size", "integer")
+    elif width := fields.take("shared_expert_intermediate_size", "integer", 0):
+        raise fields.refuse(
+            "shared_expert_intermediate_size", width, "this model_type has no shared expert"
+        )
     spec = MoeSpec(
         layers=layers,
         num_experts=num_experts or 1,
@@ -479,7 +496,6 @@ def _read_qwen1(fields: Fields, family: str) -> ModelConfig:
         ),
         rms_norm_eps=float(fields.take("layer_norm_epsilon", "number", 1e-6)),
         qkv_bias=True,
-        output_bias=not fields.take("no_bias", "boolean", True),
         logn_length=trained if fields.take("use_logn_attn", "boolean", True) else None,
         **_read_common(fields),
     )
@@ -655,10 +671,11 @@ def _write_experts(config: ModelConfig, family: _Family) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,
         "moe_intermediate_size": moe.intermediate_size,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.layers],
         "router_aux_loss_coef": moe.aux_loss_coef,
     }
+    if family.dense_layers:
+        dense = [i for i in range(config.num_hidden_layers) if i not in moe.layers]
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if family.experts is not _Renormalise.ALWAYS:
         fields["norm_topk_prob"] = moe.renormalise
     if moe.shared_intermediate_size is not None:
@@ -678,7 +695,7 @@ def _write_qwen1(config: ModelConfig) -> dict[str, Any]:
         "seq_length": trained or config.max_position_embeddings,
         "use_dynamic_ntk": config.rope.kind is RopeKind.STEPPED_NTK,
         "use_logn_attn": config.logn_length is not None,
-        "no_bias": not config.output_bias,
+        "no_bias": True,
     }
 
 

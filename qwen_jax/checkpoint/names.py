@@ -6,7 +6,7 @@ checkpoint, read the other way it writes one; `checkpoint.regions` does both.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from qwen_jax.config import HeadKind, LayerKind, ModelConfig
@@ -230,6 +230,7 @@ _DELTA_FLAT = [
 ]
 
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
+_FUSED = "mlp.experts.gate_up_proj"
 
 
 def _fused_rows(part: int) -> Callable[[ModelConfig], Rows]:
@@ -252,7 +253,7 @@ _FEED_FORWARD = [
     ),
     *(
         TensorName(
-            "mlp.experts.gate_up_proj", f"mlp/experts/{name}/weight", _sparse,
+            _FUSED, f"mlp/experts/{name}/weight", _sparse,
             _fused_rows(part), fused_experts=True,
         )
         for part, name in enumerate(_SWIGLU[:2])
@@ -337,7 +338,6 @@ _QWEN1 = _Table(
             for part, n in enumerate("qkv")
         ),
         TensorName("attn.c_proj.weight", "self_attn/o_proj/weight"),
-        TensorName("attn.c_proj.bias", "self_attn/o_proj/bias", _output_biased),
         TensorName("mlp.w1.weight", "mlp/up_proj/weight"),
         TensorName("mlp.w2.weight", "mlp/gate_proj/weight"),
         TensorName("mlp.c_proj.weight", "mlp/down_proj/weight"),
@@ -372,14 +372,18 @@ COMPUTED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", "
 _MTP_LAYER = re.compile(r"mtp[./]layers[._](\d+)[./]")
 
 
-def regions(config: ModelConfig, fused_experts: bool = False) -> list[Region]:
+def regions(config: ModelConfig, fused_layers: Collection[str] = ()) -> list[Region]:
     """Every correspondence between a checkpoint of `config` and its parameters.
 
-    They are in the order of the model, first layer first. `fused_experts` chooses the layout that
-    holds all experts of a layer in one tensor.
+    They are in the order of the model, first layer first.
+
+    Args:
+      config: of the model.
+      fused_layers: beginnings of the names of the layers that hold all their experts in one tensor,
+        as `layers_of_fused_experts` finds them; the others have a tensor for each expert.
     """
     table = _TABLES[config.family]
-    found = [r for row in table.ends for r in _resolve(config, row, None, "", "", fused_experts)]
+    found = [region for row in table.ends for region in _resolve(config, row, None, "", "", False)]
     sparse = config.moe.layers if config.moe else ()
     stacks = [
         (table.layer_prefix.format(i=i), f"layers_{i}/", _Layer(kind, i in sparse))
@@ -390,7 +394,7 @@ def regions(config: ModelConfig, fused_experts: bool = False) -> list[Region]:
     ]
     for prefix, path, layer in stacks:
         for row in table.layer:
-            found += _resolve(config, row, layer, prefix, path, fused_experts)
+            found += _resolve(config, row, layer, prefix, path, prefix in fused_layers)
     return found
 
 
@@ -411,9 +415,12 @@ def _resolve(
 
 
 def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str | None]:
-    """Stored name -> the name that the table has for it; None for another tower's tensors."""
+    """Stored name -> the name that the table has for it; None for another tower's or head's."""
     stored = list(stored)
     towers = _OTHER_TOWERS.get(config.family, ())
+    if config.head is HeadKind.TWO_LAYER_SCORE:
+        # Of the language model that it was trained from, published with it and read by nothing.
+        towers = (*towers, "lm_head.")
     embeddings = {prefix: prefix + "embed_tokens.weight" for prefix in _PREFIXES}
     prefix = next((p for p, name in embeddings.items() if name in stored), _PREFIXES[0])
 
@@ -458,9 +465,9 @@ def is_projection(path: Path) -> bool:
     return path[-1] == "weight" and path[-2].endswith("_proj") and path[-2][:2] not in ("a_", "b_")
 
 
-def holds_fused_experts(stored: Iterable[str]) -> bool:
-    """Whether a checkpoint holds all experts of a layer in one tensor."""
-    return any(name.endswith(".mlp.experts.gate_up_proj") for name in stored)
+def layers_of_fused_experts(stored: Iterable[str]) -> set[str]:
+    """Beginnings of the names of the layers that hold all their experts in one tensor."""
+    return {name.removesuffix(_FUSED) for name in stored if name.endswith(_FUSED)}
 
 
 def leaf_at(tree: Mapping[str, Any], path: Path) -> Any:

@@ -43,12 +43,16 @@ def to_parameters(
 def to_stored(
     regions: Iterable[Region], parameters: Mapping[Path, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Each stored tensor, by its name, in the order of its first region."""
+    """Each stored tensor, by its name, in the order of its first region.
+
+    Read in that order, they read each parameter once.
+    """
     by_name: dict[str, list[tuple[Region, StoredTensor]]] = {}
+    held: dict[Path, np.ndarray] = {}
     for region in regions:
         tensor = parameters[region.path]
         if region.expert is not None:
-            tensor = _expert(tensor, region.expert)
+            tensor = _expert(_hold(tensor, region.path, held), region.expert)
         by_name.setdefault(region.name, []).append((region, tensor))
     return {name: _paste(name, pieces) for name, pieces in by_name.items()}
 
@@ -107,6 +111,18 @@ def stack(parts: list[StoredTensor]) -> StoredTensor:
         return out
 
     return StoredTensor(parts[0].name, parts[0].file, shape, dtype, read, tuple(parts), *quantised)
+
+
+def _hold(tensor: StoredTensor, path: Path, held: dict[Path, np.ndarray]) -> StoredTensor:
+    """`tensor` with its values left in `held` until another's are: its experts take turns."""
+
+    def read() -> np.ndarray:
+        if path not in held:
+            held.clear()
+            held[path] = tensor.read()
+        return held[path]
+
+    return dataclasses.replace(tensor, read=read)
 
 
 def _expert(tensor: StoredTensor, expert: int) -> StoredTensor:

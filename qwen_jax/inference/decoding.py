@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.inference.sampling import (
     SamplingOptions,
@@ -98,14 +98,22 @@ class TokenStream:
             cuts them into batches: each then draws as it would in one large batch.
 
         Raises:
-          UserError: an empty prompt, an id outside the vocabulary, no tokens to generate.
+          UserError: an empty prompt, an id outside the vocabulary, no tokens to generate, a
+            model that scores instead of writing.
         """
         self._model, self._params = model, params
         self._rule = (options or SamplingOptions()).rule()
         config = model.config
+        if config.head is not HeadKind.VOCABULARY:
+            raise UserError(
+                f"the model's head is {config.head.value}, so that it writes no text; "
+                "tools.embed makes vectors and scores with it"
+            )
         _check_integer("max_new_tokens", max_new_tokens, 1, None)
         _check_integer("seed", seed, 0, 2**32 - 1)
-        self._prompts = [_read_prompt(config, row, prompt) for row, prompt in enumerate(prompts)]
+        self._prompts = [
+            read_ids(config, f"prompt {row}", prompt) for row, prompt in enumerate(prompts)
+        ]
         self._stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         for stop_id in self._stop_ids:
             _check_integer("stop id", stop_id, 0, None)
@@ -161,7 +169,7 @@ class TokenStream:
         Raises:
           UserError: an id outside the vocabulary.
         """
-        self._forced[row].extend(_read_prompt(self._model.config, row, ids).tolist())
+        self._forced[row].extend(read_ids(self._model.config, f"prompt {row}", ids).tolist())
 
     def active(self, row: int) -> bool:
         """Whether a row has met neither a stop id nor `stop`."""
@@ -314,20 +322,24 @@ def _check_integer(name: str, value: int, least: int, most: int | None) -> None:
         raise UserError(f"{name} = {value!r} should be an integer, {range_}")
 
 
-def _read_prompt(config: ModelConfig, row: int, prompt: Sequence[int]) -> np.ndarray:
+def read_ids(config: ModelConfig, name: str, text: Sequence[int]) -> np.ndarray:
+    """The token ids of one text as an array; `name` is what errors call it.
+
+    Raises:
+      UserError: it is empty, no list of ids, or has one outside the vocabulary.
+    """
     try:
-        ids = np.asarray(prompt)
+        ids = np.asarray(text)
     except ValueError:  # Lists of different lengths inside.
         ids = np.zeros((1, 1))
     if ids.size == 0:
-        raise UserError(f"prompt {row} is empty; give at least one token")
+        raise UserError(f"{name} is empty; give at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise UserError(f"prompt {row} should be a list of token ids; it is {str(prompt)[:60]!r}")
+        raise UserError(f"{name} should be a list of token ids; it is {str(text)[:60]!r}")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise UserError(
-            f"prompt {row}: token id {worst} is outside the model's vocabulary of "
-            f"{config.vocab_size}"
+            f"{name}: token id {worst} is outside the model's vocabulary of {config.vocab_size}"
         )
     return ids
 
