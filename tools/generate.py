@@ -21,7 +21,6 @@ broken tool calls are).
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from qwen_jax.text import (
     repository_infill,
 )
 from tools import command_line, text_flags
+from tools.jsonl_rows import as_json, read_rows
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeatable.")
 _INPUT = flags.DEFINE_string("input", None, "A JSONL file of prompts or of chat messages.")
@@ -130,18 +130,9 @@ def _taken_apart(tokenizer: Tokenizer, prompt: list[int], record: dict[str, Any]
 
 def _print_completion(i: int, total: int, record: dict[str, Any]) -> None:
     if _OUTPUT.value == "json":
-        print(_as_json(record), flush=True)
+        print(as_json(record), flush=True)
     else:
         print(f"--- {i + 1} of {total}\n{record['text']}", flush=True)
-
-
-def _as_json(record: dict[str, Any]) -> str:
-    text = json.dumps(record, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # Half of a surrogate pair in a field of the input line.
-        return json.dumps(record)
-    return text
 
 
 def _read_requests() -> list[tuple[str, dict[str, Any]]]:
@@ -158,31 +149,11 @@ def _read_requests() -> list[tuple[str, dict[str, Any]]]:
         raise UserError("--infill takes --input=FILE.jsonl, and neither --chat nor --prompt")
     if _PROMPT.value:
         return [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(_PROMPT.value, 1)]
-    path = Path(_INPUT.value)
-    try:
-        # Not splitlines: JSON strings may hold the other characters that it splits at.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    requests = [
-        (f"{path}:{number}", _parse_line(f"{path}:{number}", line))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not requests:
-        raise UserError(f"{path}: holds no prompts")
-    return requests
+    return [(name, _checked(name, row)) for name, row in read_rows(Path(_INPUT.value))]
 
 
-def _parse_line(name: str, line: str) -> dict[str, Any]:
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error})") from None
-    if not isinstance(request, dict):
-        raise UserError(f"{name}: should hold an object, holds a {type(request).__name__}")
+def _checked(name: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The row of an input file, if it has the fields that the flags ask for."""
     if _INFILL.value:
         _check_hole(name, request)
         return request

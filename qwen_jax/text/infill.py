@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.tokenizers import Tokenizer
+from qwen_jax.text.tokenizers import Tokenizer, join_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +122,5 @@ def _line(field: str, value: str) -> str:
 
 def _assemble(tokenizer: Tokenizer, parts: list[tuple[str, str]]) -> list[int]:
     """Each control token and the plain text behind it."""
-    ids = []
-    for token, text in parts:
-        ids.append(tokenizer.added_tokens[token])
-        if text:
-            ids += tokenizer.encode(text, allow_special=False, continues=True)
-    return ids
+    added = tokenizer.added_tokens
+    return join_parts(tokenizer, [part for token, text in parts for part in (added[token], text)])

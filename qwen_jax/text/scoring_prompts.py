@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.tokenizers import Tokenizer
+from qwen_jax.text.tokenizers import Tokenizer, join_parts
 
 # The task of the published examples.
 WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
@@ -64,7 +64,7 @@ def rerank_ids(
     asked = f"user\n<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
     judge = [start, f"system\n{_JUDGE}", end, "\n", start, asked, end, "\n"]
     answer = [start, "assistant\n", think, "\n\n", end_think, "\n\n"]
-    return _joined(tokenizer, [*judge, *answer])
+    return join_parts(tokenizer, [*judge, *answer])
 
 
 def answer_ids(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def solution_ids(
         )
     place = len(ids) - 1 - ids[::-1].index(end)
     more = [part for step in steps[1:] for part in (step, step_id)]
-    return [*ids[:place], step_id, *_joined(tokenizer, more), *ids[place:]]
+    return [*ids[:place], step_id, *join_parts(tokenizer, more), *ids[place:]]
 
 
 def split_steps(solution: str) -> list[str]:
@@ -144,14 +144,3 @@ def _check_texts(**texts: str) -> None:
     for field, text in texts.items():
         if not isinstance(text, str):
             raise UserError(f"{field} should be a string, is {str(text)[:40]!r}")
-
-
-def _joined(tokenizer: Tokenizer, parts: Sequence[int | str]) -> list[int]:
-    """Control ids, and between them the ids of plain text."""
-    ids: list[int] = []
-    for part in parts:
-        if isinstance(part, int):
-            ids.append(part)
-        else:
-            ids += tokenizer.encode(part, allow_special=False, continues=True)
-    return ids

@@ -254,3 +254,14 @@ def check_vocabulary_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         f"tokenizer: token {token!r} has id {tokenizer.max_id}, but the model's vocab_size is"
         f" {vocab_size}; take the tokenizer and the model from one checkpoint"
     )
+
+
+def join_parts(tokenizer: Tokenizer, parts: Sequence[int | str]) -> list[int]:
+    """Control ids, and between them the ids of plain text, in which nothing can forge one."""
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        elif part:
+            ids += tokenizer.encode(part, allow_special=False, continues=True)
+    return ids
