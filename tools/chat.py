@@ -56,6 +56,7 @@ def _new_conversation(session: text_flags.Session) -> Conversation:
         session.tokenizer,
         _SYSTEM.value,
         text_flags.ALLOW_SPECIAL.value,
+        session.max_window_size,
         **text_flags.template_variables(),
     )
 

@@ -10,7 +10,7 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES
 from qwen_jax.hf_rope import parse_rope_flag
-from qwen_jax.inference.defaults import load_generation_defaults
+from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import StopStrings, Tokenizer
@@ -91,6 +91,7 @@ class Session:
     options: SamplingOptions
     stop_ids: tuple[int, ...] | None
     max_new_tokens: int
+    max_window_size: int | None
 
     def check_length(self, ids: list[int], name: str) -> None:
         """Refuses a prompt that the model has no positions for, unless --allow_longer."""
@@ -134,16 +135,18 @@ def open_session() -> Session:
         params=params,
         tokenizer=tokenizer,
         options=dataclasses.replace(defaults.options, **given),
-        stop_ids=_stop_ids(defaults.stop_ids, tokenizer, model),
+        stop_ids=_stop_ids(defaults, tokenizer, model),
         max_new_tokens=max_new_tokens,
+        max_window_size=defaults.max_window_size,
     )
 
 
 def _stop_ids(
-    from_file: tuple[int, ...] | None, tokenizer: Tokenizer, model: Decoder
+    defaults: GenerationDefaults, tokenizer: Tokenizer, model: Decoder
 ) -> tuple[int, ...]:
-    """The file's; else config.json's and the tokenizer's own."""
-    if from_file is not None:
-        return from_file
-    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
+    """The file's; else config.json's and the tokenizer's own. With those of the chat format."""
+    ids = defaults.stop_ids
+    if ids is None:
+        ids = (*model.config.eos_token_ids, tokenizer.eos_token_id)
+    ids = (*ids, *map(tokenizer.added_tokens.get, defaults.stop_tokens))
+    return tuple(i for i in dict.fromkeys(ids) if i is not None)

@@ -11,8 +11,8 @@ from qwen_jax.json_fields import Fields, read_json_object
 # Identity, and settings of other decoders' caches and batches; none changes the text.
 _INERT = frozenset(
     """
-    _from_model_config bos_token_id cache_implementation chat_format max_length max_window_size
-    pad_token_id return_dict_in_generate transformers_version use_cache
+    _from_model_config bos_token_id cache_implementation max_length pad_token_id
+    return_dict_in_generate transformers_version use_cache
     """.split()
 )
 
@@ -34,11 +34,15 @@ class GenerationDefaults:
     options: how tokens are chosen.
     stop_ids: ids that end a text; None where the file names none.
     max_new_tokens: None where the file has none.
+    stop_tokens: control tokens that end a text besides, by what they are called.
+    max_window_size: as for `Conversation`; None where the file has none.
     """
 
     options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     stop_ids: tuple[int, ...] | None = None
     max_new_tokens: int | None = None
+    stop_tokens: tuple[str, ...] = ()
+    max_window_size: int | None = None
 
 
 def load_generation_defaults(directory: Path) -> GenerationDefaults:
@@ -56,6 +60,8 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         options=_read_options(fields),
         stop_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         max_new_tokens=fields.take("max_new_tokens", "integer"),
+        stop_tokens=_read_chat_format(fields),
+        max_window_size=fields.take("max_window_size", "integer"),
     )
     if defaults.max_new_tokens is not None and defaults.max_new_tokens < 1:
         raise fields.refuse("max_new_tokens", defaults.max_new_tokens, "at least 1 is needed")
@@ -63,6 +69,17 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         if not (name in _INERT or value in (None, False, [], {}, 0) or value == _OFF.get(name)):
             raise fields.refuse(name, value, "remove it from the file to go without")
     return defaults
+
+
+# What ends a text in each format of chats; in the plain one, the eos alone.
+_CHAT_FORMATS = {"chatml": ("<|im_end|>", "<|im_start|>"), "raw": ()}
+
+
+def _read_chat_format(fields: Fields) -> tuple[str, ...]:
+    name = fields.take("chat_format", "string", "raw")
+    if name not in _CHAT_FORMATS:
+        raise fields.refuse("chat_format", name, f"known: {', '.join(_CHAT_FORMATS)}")
+    return _CHAT_FORMATS[name]
 
 
 def _read_options(fields: Fields) -> SamplingOptions:

@@ -185,7 +185,8 @@ class Decoder(nn.Module):
 
         Args:
           hidden_states: [B, T, D], the main pass's last (`out.hidden_states[-1]`), or to look
-            further ahead this head's own.
+            further ahead this head's own. That the head reads them behind the final norm is
+            believed, from what other engines hand over, not confirmed.
           next_ids: int [B, T], at each place the token that follows it.
           attention_mask, positions, logits_at: as for a pass, and by the same places.
           cache: from `init_mtp_cache`, apart from the main one.
@@ -270,7 +271,8 @@ class Decoder(nn.Module):
 class _MtpHead(nn.Module):
     """Joins the next token's embedding to the hidden state and runs a layer of its own on both.
 
-    The order within the joint vector is that of the published `fc`: embedding, then hidden state.
+    Within the joint vector the embedding comes first, then the hidden state, as other engines read
+    the published `fc`.
     """
 
     config: ModelConfig

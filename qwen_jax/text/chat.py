@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import functools
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,8 @@ def encode_chat_safely(
       UserError: as `render_chat`.
     """
     template = templates.choose(tools)
+    if template is CHATML:
+        encode_plain = _head_apart(encode_plain)
     named = dict(named_tokens or {})
     variables = _variables(messages, tools, add_generation_prompt, template_variables)
     tokens = frozenset(token.content for token in added_tokens)
@@ -253,6 +255,18 @@ def _variables(
         "tools": _checked_tools(tools),
         "add_generation_prompt": add_generation_prompt,
     }
+
+
+def _head_apart(encode_plain: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    """Encodes a role, the line end behind it and the words each alone: no token spans two."""
+
+    def encode(text: str, continues: bool) -> list[int]:
+        ids: list[int] = []
+        for part in filter(None, text.partition("\n")):
+            ids += encode_plain(part, continues=continues or bool(ids))
+        return ids
+
+    return encode
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:

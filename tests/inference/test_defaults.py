@@ -60,6 +60,9 @@ def test_published_files_are_honoured(read, name):
     assert defaults.stop_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
     assert defaults.max_new_tokens == values.get("max_new_tokens")
     assert defaults.options.greedy == (not values.get("do_sample", False))
+    chatml = values.get("chat_format") == "chatml"
+    assert defaults.stop_tokens == (("<|im_end|>", "<|im_start|>") if chatml else ())
+    assert defaults.max_window_size == values.get("max_window_size")
     for field in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if field in values:
             assert getattr(defaults.options, field) == values[field]
@@ -117,6 +120,7 @@ def test_greedy_when_the_file_is_absent(tmp_path):
     ("values", "message"),
     [
         ({"num_beams": 4}, "num_beams = 4 is not supported"),
+        ({"chat_format": "alpaca"}, 'chat_format = "alpaca" is not supported: known: chatml, raw'),
         ({"penalty_alpha": 0.6}, "penalty_alpha = 0.6 is not supported"),
         ({"typical_p": 0.9}, "typical_p = 0.9 is not supported"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size = 3 is not supported"),

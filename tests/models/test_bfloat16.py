@@ -16,7 +16,7 @@ def mean_kl(logits, reference):
     return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next"])
 def test_divergence_from_float32_is_no_larger_than_the_references(family, tmp_path):
     ratios = []
     for seed in range(3):

@@ -7,10 +7,19 @@ import torch
 
 import qwen_jax
 from qwen_jax.checkpoint.names import leaf_at, regions
-from qwen_jax.nn.cache import grow_cache, init_cache
-from tests.reference import random_reference, reference_logits, save_reference
-
-TOLERANCE = 1e-4
+from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.checkpoint.regions import to_stored
+from qwen_jax.nn.cache import init_cache
+from tests.models.passes import (
+    check_cached_pieces,
+    check_hidden_states,
+    check_padded_logits,
+    check_ragged_decode,
+    draw_scaling,
+    padding,
+    random_ids,
+)
+from tests.reference import random_reference, save_reference
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -57,22 +66,6 @@ def draw_case(seed):
     family = rng.choice(["qwen2", "qwen3"])
     kv_heads, group = rng.integers(1, 4), rng.choice([1, 2, 3, 7])
     length = int(rng.integers(16, 64))
-    scaling = {
-        "default": None,
-        "linear": {"rope_type": "linear", "factor": float(rng.uniform(1, 8))},
-        "dynamic": {"rope_type": "dynamic", "factor": float(rng.uniform(1, 8))},
-        "yarn": {
-            "rope_type": "yarn",
-            "factor": float(rng.uniform(1, 16)),
-            "original_max_position_embeddings": length,
-            "attention_factor": rng.choice([None, float(rng.uniform(0.5, 2))]),
-            "beta_fast": float(rng.uniform(2, 40)),
-            "beta_slow": float(rng.uniform(0.1, 2)),
-            "mscale": float(rng.uniform(0.1, 2)),
-            "mscale_all_dim": float(rng.uniform(0.1, 2)),
-            "truncate": bool(rng.integers(2)),
-        },
-    }[rng.choice(["default", "linear", "dynamic", "yarn"], p=[0.3, 0.1, 0.2, 0.4])]
     fields = {
         "num_key_value_heads": int(kv_heads),
         "num_attention_heads": int(kv_heads * group),
@@ -84,7 +77,7 @@ def draw_case(seed):
         "rope_theta": float(10 ** rng.uniform(2, 7)),
         "rms_norm_eps": float(10 ** rng.uniform(-7, -2)),
         "max_position_embeddings": length,
-        "rope_scaling": scaling,
+        "rope_scaling": draw_scaling(rng, length),
         "use_sliding_window": bool(rng.integers(2)),
         "sliding_window": int(rng.integers(1, 20)),
         "max_window_layers": int(rng.integers(0, 4)),
@@ -99,12 +92,8 @@ def test_drawn_checkpoints_equal_the_reference(seed, tmp_path):
     family, fields = draw_case(seed)
     reference = random_reference(family, seed, **fields)
     model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / "model"))
-    ids = random_ids(model, (2, 70), seed)
     mask = padding([70, 41], 70, "left" if seed % 2 else "right")
-    expected = reference_logits(reference, ids, mask)
-    logits = model.apply({"params": params}, ids, attention_mask=mask).logits
-    real = mask.astype(bool)
-    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
+    check_padded_logits(reference, model, params, mask, seed)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
@@ -116,88 +105,25 @@ def case(request, tmp_path_factory):
     return reference, model, params
 
 
-def random_ids(model, shape, seed=0):
-    return np.random.default_rng(seed).integers(0, model.config.vocab_size, shape)
-
-
-def padding(lengths, total, side):
-    columns = np.arange(total)
-    lengths = np.asarray(lengths)[:, None]
-    return (columns < lengths if side == "right" else columns >= total - lengths).astype(np.int32)
-
-
 def test_logits_and_hidden_states_equal_the_reference(case):
-    reference, model, params = case
-    ids = random_ids(model, (2, 45))
-    with torch.no_grad():
-        expected = reference(torch.as_tensor(ids), use_cache=False, output_hidden_states=True)
-    out = model.apply({"params": params}, ids)
-    np.testing.assert_allclose(out.logits, expected.logits, rtol=0, atol=TOLERANCE)
-    assert 0.5 < np.asarray(out.logits).std() < 2
-    assert len(out.hidden_states) == len(expected.hidden_states)
-    for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
-        scale = max(1.0, theirs.std().item())
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale)
+    check_hidden_states(*case, (2, 45))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_logits_equal_the_reference(case, side):
-    reference, model, params = case
-    ids = random_ids(model, (3, 30))
-    mask = padding([30, 11, 23], 30, side)
-    expected = reference_logits(reference, ids, mask)
-    logits = model.apply({"params": params}, ids, attention_mask=mask).logits
-    real = mask.astype(bool)
-    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
+    check_padded_logits(*case, padding([30, 11, 23], 30, side))
 
 
 def test_cached_decode_equals_one_full_pass(case):
     _, model, params = case
-    ids = random_ids(model, (2, 40))
-    cache = init_cache(model.config, 2, 24, np.float32)
-    apply = jax.jit(model.apply)
-    pieces = [ids[:, :17], ids[:, 17:24]] + [ids[:, i : i + 1] for i in range(24, 40)]
-    # Each length compiles a full pass, so those that see nothing new are left out.
-    checked = {17, 24, 25, 26, 27} if model.config.rope.depends_on_length else {24, 27}
-    end = 0
-    for piece in pieces:
-        end += piece.shape[1]
-        if end > cache.capacity:
-            cache = grow_cache(cache, 40)
-        out = apply({"params": params}, piece, cache=cache)
-        cache = out.cache
-        if end in checked:
-            full = model.apply({"params": params}, ids[:, :end]).logits[:, -piece.shape[1] :]
-            np.testing.assert_allclose(out.logits, full, rtol=0, atol=TOLERANCE)
-        if end == 27:
-            break
-    np.testing.assert_array_equal(cache.lengths, [end, end])
+    checked = range(5) if model.config.rope.depends_on_length else (1, 4)
+    check_cached_pieces(model, params, [17, 7, 1, 1, 1], 24, checked)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_cached_decode_equals_each_row_alone(case, side):
-    """Rows of a padded batch go on as if each were decoded by itself."""
     _, model, params = case
-    lengths, total, new = [20, 9], 20, 4
-    if model.config.rope.depends_on_length:
-        lengths = [20, 20]  # there, the longest row sets every row's frequencies
-    rows = [random_ids(model, (1, n + new), seed=n + i) for i, n in enumerate(lengths)]
-    mask = padding(lengths, total, side)
-    ids = np.zeros((2, total), int)
-    for row, text, n in zip(range(2), rows, lengths, strict=True):
-        ids[row, mask[row].astype(bool)] = text[0, :n]
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
-    cache = init_cache(model.config, 2, 32, np.float32)
-    out = model.apply({"params": params}, ids, mask, positions, cache, "last")
-    for step in range(new):
-        if step in (0, new - 1):
-            for row, n in enumerate(lengths):
-                alone = model.apply({"params": params}, rows[row][:, : n + step]).logits[0, -1]
-                np.testing.assert_allclose(out.logits[row, -1], alone, rtol=0, atol=TOLERANCE)
-        next_ids = np.stack(
-            [rows[row][0, n + step : n + step + 1] for row, n in enumerate(lengths)]
-        )
-        out = model.apply({"params": params}, next_ids, cache=out.cache)
+    check_ragged_decode(model, params, [20, 9], side)
 
 
 def test_logits_at_picks_positions(case):
@@ -250,8 +176,18 @@ def test_a_row_that_outgrows_its_cache_gives_no_numbers(small):
     assert np.isfinite(out.logits[1]).all()
 
 
-def test_gradients_equal_the_reference(tmp_path):
-    reference = random_reference("qwen3", tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen2_moe", {"mlp_only_layers": [0]}),
+        ("qwen3_next", {}),
+        ("qwen3_5_text", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gradients_equal_the_reference(family, fields, tmp_path):
+    reference = random_reference(family, **fields)
     model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path))
     ids = random_ids(model, (2, 20))
     torch.nn.functional.cross_entropy(
@@ -264,7 +200,18 @@ def test_gradients_equal_the_reference(tmp_path):
         return -jax.numpy.take_along_axis(logits, ids[:, 1:, None], -1).mean()
 
     ours = jax.grad(loss)(params)
-    for name, path in ((region.name, region.path) for region in regions(model.config)):
-        expected = reference.get_parameter(name).grad.numpy()
+    sparse = model.config.moe.layers if model.config.moe else ()
+    table = regions(model.config, {f"model.layers.{i}." for i in sparse})
+    paths = {region.path for region in table}
+    gradients = {path: as_stored(np.asarray(leaf_at(ours, path))) for path in paths}
+    gradients = to_stored(table, gradients)
+    theirs = dict(reference.named_parameters())
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        expected = theirs[name].grad.numpy()
         scale = np.abs(expected).max()
-        np.testing.assert_allclose(leaf_at(ours, path), expected, rtol=0, atol=1e-4 * scale)
+        np.testing.assert_allclose(gradient.read(), expected, rtol=0, atol=1e-4 * scale)
+
+
+def as_stored(values):
+    return StoredTensor("", None, values.shape, values.dtype, lambda: values)

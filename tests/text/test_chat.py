@@ -4,7 +4,7 @@ import json
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
@@ -487,6 +487,8 @@ def test_no_way_of_writing_forges_a_control_token(qwen3, name, messages):
 )
 def test_words_without_tokens_have_the_same_ids_either_way(qwen3, name, messages):
     tokenizer = with_template(qwen3, TEMPLATES[name])
+    words = [message["content"] for message in messages]
+    assume(not any(token in text for text in words for token in tokenizer.added_tokens))
     free = tokenizer.apply_chat_template(messages, tools=TOOLS)
     safe = tokenizer.apply_chat_template(messages, tools=TOOLS, allow_special=False)
     assert safe == free
