@@ -53,6 +53,8 @@ class RopeSpec:
         frequency alone, and below which it divides it by `factor`.
       truncate: whether `yarn` rounds the ends of its ramp outwards to whole pairs.
       partial_rotary_factor: share of a head's channels, from the first on, that are rotated.
+      in_float32: whether queries and keys are rotated in float32 and rounded after; else cos and
+        sin are rounded to their dtype first.
       mrope_section: how many frequencies follow time, height and width in a model that sees
         pictures; on text the three are equal, so that it changes nothing.
     """
@@ -66,6 +68,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     partial_rotary_factor: float = 1.0
+    in_float32: bool = False
     mrope_section: tuple[int, ...] | None = None
 
     @property
@@ -266,6 +269,11 @@ class ModelConfig:
                 f"sliding_window = {self.sliding_window}; give a window of at least 1 token"
             )
 
+        if self.dual_chunk is not None and (sliding or self.logn_length is not None):
+            raise UserError(
+                "dual_chunk_attention_config: chunks together with sliding layers or logn scaling "
+                "are not supported; no published model has both"
+            )
         if (LayerKind.LINEAR_ATTENTION in self.layer_types) != (self.delta is not None):
             raise UserError(
                 f"layer_types has {LayerKind.LINEAR_ATTENTION.value} layers exactly where the "
@@ -287,7 +295,7 @@ class ModelConfig:
         return len(self.layer_types)
 
     def with_layers(self, indices: Sequence[int]) -> "ModelConfig":
-        """The same model with only the layers at `indices`, in that order.
+        """The same model with only the layers at `indices`, in that order; no MTP head.
 
         Raises:
           UserError: an index that no layer has.
@@ -304,7 +312,9 @@ class ModelConfig:
         layer_types = tuple(self.layer_types[i] for i in indices)
         linear = LayerKind.LINEAR_ATTENTION in layer_types
         delta = self.delta if linear else None
-        return dataclasses.replace(self, layer_types=layer_types, moe=moe, delta=delta)
+        return dataclasses.replace(
+            self, layer_types=layer_types, moe=moe, delta=delta, mtp_layers=0
+        )
 
     def exceeds_positions(self, length: int) -> bool:
         """Whether `length` tokens are more than the declared positions, with RoPE unscaled."""

@@ -493,6 +493,7 @@ def _read_qwen1(fields: Fields, family: str) -> ModelConfig:
             kind=RopeKind.STEPPED_NTK if stepped else RopeKind.DEFAULT,
             original_max_position_embeddings=trained if stepped else None,
             partial_rotary_factor=float(fields.take("rotary_pct", "number", 1.0)),
+            in_float32=True,
         ),
         rms_norm_eps=float(fields.take("layer_norm_epsilon", "number", 1e-6)),
         qkv_bias=True,
@@ -571,7 +572,8 @@ def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any]) -> Mode
         "rope_scaling",
         config.rope.partial_rotary_factor,
     )
-    rope = dataclasses.replace(rope, mrope_section=config.rope.mrope_section)
+    kept = {name: getattr(config.rope, name) for name in ("mrope_section", "in_float32")}
+    rope = dataclasses.replace(rope, **kept)
     return dataclasses.replace(config, rope=rope)
 
 

@@ -34,7 +34,9 @@ def read_rope(
     Raises:
       UserError: as `read_rope_parameters`.
     """
-    if fields.values.get("rope_theta", 0) is None:
+    given = [fields.values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    elsewhere = any(isinstance(value, dict) and value.get("rope_theta") for value in given)
+    if fields.values.get("rope_theta", 0) is None and not elsewhere:
         raise fields.refuse("rope_theta", None, "give the base, or remove the field for 10000")
     theta = fields.take("rope_theta", "number")
     parameters = fields.take("rope_parameters", "object", {})

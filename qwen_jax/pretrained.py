@@ -1,5 +1,6 @@
 """From the name of a published checkpoint to a model that runs."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,9 +54,19 @@ def load_pretrained(
     if rope_scaling is not None:
         config = with_rope_scaling(config, rope_scaling)
     dtype = _resolve_dtype(dtype, config)
+    _warn_of_wide_copies(config, dtype)
     stored = open_model(config, directory, packed=weights == "packed")
     params = load_params(stored.tensors, directory, dtype, allow_nonfinite)
     return Decoder(stored.config), params
+
+
+def _warn_of_wide_copies(config: ModelConfig, dtype: jnp.dtype) -> None:
+    if config.moe is not None and dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        warnings.warn(
+            f"{config.moe.num_experts} experts in bfloat16 on CPU: XLA copies all of them to "
+            "float32 in every call, for twice their memory besides; load as float32 or float16",
+            stacklevel=3,
+        )
 
 
 def _resolve_dtype(dtype: jnp.dtype | str | None, config: ModelConfig) -> jnp.dtype:

@@ -444,6 +444,12 @@ def test_qwen1_names_that_codeqwen_repeats_are_accepted_where_they_agree():
     assert read_hf_config(saved) == read_hf_config(raw)
 
 
+def test_a_base_that_is_null_is_taken_from_the_other_layout():
+    raw = published("Qwen3-0.6B") | {"rope_theta": None}
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    assert read_hf_config(raw) == read_hf_config(published("Qwen3-0.6B"))
+
+
 def test_card_advice_for_long_texts_is_accepted():
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
     rope = read_hf_config(published("Qwen2.5-7B-Instruct") | {"rope_scaling": yarn}).rope
@@ -497,6 +503,9 @@ REFUSED = [
      ["dual_chunk_attention_config: ratio = 2"]),
     ("Qwen2.5-7B-Instruct", {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
      ["dual_chunk_attention_config", "local_size = 8", "chunk_size = 8"]),
+    ("Qwen2.5-7B-Instruct", {"dual_chunk_attention_config": {"chunk_size": 2048},
+                             "use_sliding_window": True, "max_window_layers": 4},
+     ["dual_chunk_attention_config", "sliding"]),
     ("Qwen2.5-7B-Instruct", {"attention_bias": False}, ["attention_bias = false", "biases"]),
     ("Qwen2.5-7B-Instruct", {"qkv_bias": False}, ["qkv_bias = false", "biases"]),
     ("Qwen3-0.6B", {"qkv_bias": True}, ["qkv_bias = true"]),

@@ -52,9 +52,16 @@ _FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
 
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
+    others = (_PROMPT, _STEPS) if _WORKLOAD.value == "dispatch" else (_TOKENS,)
+    for flag in others:
+        if flags.FLAGS[flag.name].present:
+            raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
     workdir = Path(_WORKDIR.value)
     preset = get_preset(_MODEL.value) if names_a_preset(_MODEL.value) else None
     directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
+    if _WORKLOAD.value == "dispatch":
+        config = load_config(directory) if preset is None else preset
+        counts = _dispatch_counts(config)
     results = workdir / "results.jsonl"
     try:
         # Before the minutes of measuring.
@@ -64,7 +71,7 @@ def main() -> None:
         message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
         raise UserError(message) from None
     if _WORKLOAD.value == "dispatch":
-        _measure_dispatch(load_config(directory) if preset is None else preset, workdir)
+        _measure_dispatch(config, counts, workdir)
         return
     import_reference()
     if preset is not None and not (directory / "config.json").is_file():
@@ -104,12 +111,15 @@ def _write(workdir: Path, records: list[dict[str, Any]]) -> None:
             file.write(json.dumps({"model": _MODEL.value, **record, **origin}) + "\n")
 
 
-def _measure_dispatch(config: ModelConfig, workdir: Path) -> None:
+def _dispatch_counts(config: ModelConfig) -> list[int]:
     if config.moe is None:
         raise UserError(f"--model={_MODEL.value} has no experts to dispatch to")
     if not all(n.isdecimal() and int(n) for n in _TOKENS.value) or not _TOKENS.value:
         raise UserError(f"--tokens={','.join(_TOKENS.value)} should be numbers, such as 1,64")
-    counts = [int(n) for n in _TOKENS.value]
+    return [int(n) for n in _TOKENS.value]
+
+
+def _measure_dispatch(config: ModelConfig, counts: list[int], workdir: Path) -> None:
     rows = measure_dispatch(config.moe, config.hidden_size, counts, repeats=_REPEATS.value)
     _write(workdir, [{"workload": "dispatch", **dataclasses.asdict(row)} for row in rows])
     moe = config.moe

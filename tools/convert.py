@@ -30,7 +30,10 @@ _SOURCE = flags.DEFINE_string(
 _TARGET = flags.DEFINE_string("target", None, "Directory to create.", required=True)
 _FORMAT = flags.DEFINE_enum("format", None, ["hf", "orbax"], "Format to write.", required=True)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "Cast every tensor to this; otherwise each keeps its own."
+    "dtype",
+    None,
+    DTYPES,
+    "Cast every tensor to this but the scales of --quantize; otherwise each keeps its own.",
 )
 _QUANTIZE = flags.DEFINE_enum(
     "quantize", None, list(QUANTIZATIONS), "Round linear layers and experts to this."

@@ -53,7 +53,12 @@ def main() -> None:
     if _LAYERS.value is not None:
         if not _LAYERS.value or not all(i.isdecimal() for i in _LAYERS.value):
             raise UserError(f"--layers={','.join(_LAYERS.value)} should be numbers, such as 2,3")
-        preset = preset.with_layers([int(i) for i in _LAYERS.value])
+        layers = [int(i) for i in _LAYERS.value]
+        if sorted(set(layers)) != layers:
+            raise UserError(
+                f"--layers={','.join(_LAYERS.value)} should name each layer once, in order"
+            )
+        preset = preset.with_layers(layers)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / _MODEL.value.lower()
         write_random_checkpoint(preset, directory, _SEED.value)
@@ -63,12 +68,19 @@ def main() -> None:
 def _verify(directory: Path) -> None:
     config = load_config(directory)
     if _PROMPT.value is not None:
+        if flags.FLAGS["tokens"].present:
+            raise UserError("give --prompt or --tokens, and not both")
         ids = np.array([qwen_jax.load_tokenizer(directory).encode(_PROMPT.value)])
         if not ids.size:
             raise UserError("--prompt is empty; give some text")
     else:
         rng = np.random.default_rng(_SEED.value)
         ids = rng.integers(0, config.vocab_size, (1, _TOKENS.value))
+    if ids.size > config.max_position_embeddings:
+        raise UserError(
+            f"{ids.size} tokens are more than the model's {config.max_position_embeddings} "
+            "positions (max_position_embeddings); give fewer"
+        )
     parity = compare_with_reference(directory, ids, weights_flag.WEIGHTS.value)
     _print_table(parity)
     if not parity.worst.relative <= _TOLERANCE.value:

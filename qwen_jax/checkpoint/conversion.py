@@ -1,4 +1,4 @@
-"""A checkpoint directory in one format -> one in another, with everything that lies beside it."""
+"""A checkpoint directory in one format -> one in another, with what else belongs to the model."""
 
 import dataclasses
 import shutil
@@ -48,7 +48,7 @@ class Converted:
       num_bytes: that they take.
       num_left_out: tensors of the source's other towers, which are not text.
       num_bytes_dense: that they would take if none were quantised.
-      dequantised: whether the source was quantised and the target is not, or not as the source.
+      dequantised: whether the source was quantised; what the target is then was dequantised first.
     """
 
     num_tensors: int
@@ -68,9 +68,10 @@ def convert(
 ) -> Converted:
     """Writes the checkpoint `source` as the new directory `target`.
 
-    Tensors keep their bits, config.json and the files beside it are copied. A quantised source is
-    dequantised, to the dtype that its config.json declares. The target appears when it is
-    complete, and not before.
+    Tensors keep their bits; config.json is copied, but for what it says of tensors that change, and
+    so are the files that `writer.copy_companions` names. A quantised source is dequantised, to the
+    dtype that its config.json declares unless one is given, and what describes its quantisation is
+    left out. The target appears when it is complete, and not before.
 
     Args:
       source: a directory in Hugging Face or Orbax format, or a hub id.

@@ -65,7 +65,8 @@ def load_params(
     def load(tensor: StoredTensor) -> jax.Array | QuantizedWeight:
         if tensor.quantised:
             host = jax.tree.map(lambda a: _own_memory(a.shape, a.dtype, a), tensor.read())
-            floats = [a for a in jax.tree.leaves(host) if jnp.issubdtype(a.dtype, jnp.floating)]
+            arrays = (host.typed_values, host.scales)
+            floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
             bad.extend([tensor.name] * (not all(map(all_finite, floats))))
             return jax.device_put(host)
         host = _own_memory(tensor.shape, dtype, tensor)

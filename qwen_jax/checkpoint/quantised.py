@@ -51,7 +51,7 @@ _ONLY = {
              "checkpoint_format": ("gptq", "gptq_v2")},
     "awq": {"version": "gemm", "zero_point": True, "bits": 4},
     "fp8": {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "float",
-            "dequantize": False},
+            "dequantize": False, "weight_per_tensor": False, "act_per_tensor": False},
     "qwen_jax": {"bits": (4, 8)},
 }  # fmt: skip
 
@@ -115,8 +115,10 @@ def read_quantization(raw: dict[str, Any], source: str = FIELD) -> QuantizationS
     for name, only in _ONLY[method].items():
         value = fields.values.get(name)
         allowed = only if isinstance(only, tuple) else (only,)
+        # AutoAWQ writes it in capitals, transformers in small letters.
+        read = value.lower() if name == "version" and isinstance(value, str) else value
         # `in` takes 1 for True.
-        if value is not None and not any(value == x and type(value) is type(x) for x in allowed):
+        if read is not None and not any(read == x and type(read) is type(x) for x in allowed):
             raise fields.refuse(name, value, f"only {' and '.join(map(shown, allowed))} are read")
     bits = 8 if method == "fp8" else fields.require("bits", "integer")
     block_rows, zero_offset, desc_act = 1, 0, False
@@ -133,12 +135,25 @@ def read_quantization(raw: dict[str, Any], source: str = FIELD) -> QuantizationS
         raise fields.refuse("group_size", group_size, "a group has at least 1 input")
     if method == "gptq":
         desc_act = fields.take("desc_act", "boolean", False)
+        _check_dynamic(fields)
         zero_offset = 0 if fields.values.get("checkpoint_format") == "gptq_v2" else 1
     for name, value in fields.values.items():
         if not (name in _INERT or name in _ONLY[method] or value in (None, [], {}, "")):
             why = "it may change the weights; remove the field if you know that it does not"
             raise fields.refuse(name, value, why)
     return QuantizationSpec(method, bits, group_size, block_rows, zero_offset, desc_act)
+
+
+def _check_dynamic(fields: Fields) -> None:
+    """Takes the rules that GPTQ has for modules by their names, which may only leave modules out.
+
+    A key is a pattern after `-:`, or after `+:` or nothing; those after `-:` are not quantised, the
+    others with the fields of the value in place of the common ones.
+    """
+    for pattern, value in fields.take("dynamic", "object", {}).items():
+        if not (pattern.startswith("-:") or value in (None, {})):
+            why = "modules quantised in another way than the rest are not read"
+            raise fields.refuse(f"dynamic: {printable(pattern)}", value, why)
 
 
 def logical_tensors(
@@ -391,12 +406,13 @@ def _parse_fp8(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     def read() -> QuantizedWeight:
         per_row = np.repeat(scales.read().astype(np.float32), spec.block_rows, axis=-2)
         return QuantizedWeight(
-            values=weight.read(),
+            values=weight.read().view(np.uint8),
             scales=np.ascontiguousarray(per_row[..., :n_out, :]),
             zeros=None,
             group_of=None,
             bits=8,
             group_size=spec.group_size,
+            float8=True,
         )
 
     return weight.shape, read

@@ -28,6 +28,12 @@ MAX_SHARD_SIZE = 5 * 10**9
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
+# What writers of GPTQ and AWQ say of their weights, besides what config.json says.
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+
+# The second is what modules.json, of sentence-transformers, refers to.
+_COMPANION_FOLDERS = ("additional_chat_templates", "1_Pooling")
+
 _DTYPE_CODES = {
     np.dtype(dtype): code for code, dtype in (SAFETENSORS_DTYPES | QUANTISED_DTYPES).items()
 }
@@ -182,16 +188,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what a checkpoint directory holds besides weights, config.json and code.
+    """Copies the files of a checkpoint directory besides weights, what describes them, and code.
 
-    That is its tokenizer, chat templates, generation defaults, licence and card.
+    That is its tokenizer, chat templates, generation defaults, pooling, licence and card, but not
+    config.json, indices of shards or descriptions of quantised weights. Of folders, those with
+    chat templates and with the pooling of an embedder are copied.
     """
+    left_out = shutil.ignore_patterns("*.py", *(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
     for path in sorted(source.iterdir()):
         if path.is_dir():
-            if path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("*.py"))
+            if path.name in _COMPANION_FOLDERS:
+                shutil.copytree(path, target / path.name, ignore=left_out)
         elif path.is_file() and not (
-            path.name == "config.json"
+            path.name in ("config.json", *_QUANTIZATION_FILES)
             or path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json", ".py"))
             or path.name.startswith(".")
         ):

@@ -11,8 +11,9 @@ from qwen_jax.json_fields import Fields, read_json_object
 # Identity, and settings of other decoders' caches and batches; none changes the text.
 _INERT = frozenset(
     """
-    _from_model_config bos_token_id cache_implementation max_length pad_token_id
-    return_dict_in_generate transformers_version use_cache
+    _from_model_config assistant_confidence_threshold bos_token_id
+    cache_implementation max_length pad_token_id
+    num_assistant_tokens return_dict_in_generate transformers_version use_cache
     """.split()
 )
 
@@ -56,9 +57,14 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         return GenerationDefaults()
     fields = Fields(read_json_object(path), str(path))
     eos = fields.take("eos_token_id", "integer or list of integers")
+    stop_ids = None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    for ids in fields.take("stop_words_ids", "list of lists of integers", []):
+        if len(ids) != 1:
+            raise fields.refuse("stop_words_ids", ids, "only single ids stop a text; use --stop")
+        stop_ids = tuple(dict.fromkeys((*(stop_ids or ()), *ids)))
     defaults = GenerationDefaults(
         options=_read_options(fields),
-        stop_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        stop_ids=stop_ids,
         max_new_tokens=fields.take("max_new_tokens", "integer"),
         stop_tokens=_read_chat_format(fields),
         max_window_size=fields.take("max_window_size", "integer"),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import HeadKind, LayerKind, ModelConfig
+from qwen_jax.errors import UserError
 from qwen_jax.nn import dual_chunk
 from qwen_jax.nn.attention import Attention, DualChunk, Tokens
 from qwen_jax.nn.cache import Cache, KeyValues, init_cache, write_slots
@@ -194,8 +195,13 @@ class Decoder(nn.Module):
 
         Returns:
           `logits` of the token after `next_ids`; `hidden_states` holds the head's one.
+
+        Raises:
+          ValueError: the model has no such head, or arguments of another shape than these.
         """
         config = self.config
+        if not config.mtp_layers:
+            raise ValueError("the model has no head for the token after the next (mtp_layers = 0)")
         ids, mask, positions = _checked(next_ids, attention_mask, positions)
         if cache is None:
             cache_after, layer_cache = None, None
@@ -257,11 +263,9 @@ class Decoder(nn.Module):
                 config, slots, real, None, cache.positions, longest, cache.positions, cache.lengths
             )
             x = _embed(decoder.embed_tokens(), cache.ids)
-            batch = cache.ids.shape[0]
-            states = init_cache(config, batch, 0, x.dtype).layers
             layers = tuple(
-                layer if isinstance(layer, KeyValues) else state
-                for layer, state in zip(cache.layers, states, strict=True)
+                layer if isinstance(layer, KeyValues) else jax.tree.map(jnp.zeros_like, layer)
+                for layer in cache.layers
             )
             return cache.replace(layers=decoder._run_layers(x, tokens, layers)[1])
 
@@ -320,7 +324,17 @@ def mtp_config(config: ModelConfig) -> ModelConfig:
 
 
 def init_mtp_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`."""
+    """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`.
+
+    Raises:
+      UserError: the model's RoPE depends on the length of the text. What the head has cached would
+        have to be computed again when it grows, from hidden states that no cache keeps.
+    """
+    if config.rope.depends_on_length:
+        raise UserError(
+            f"rope_type = {config.rope.kind.value} changes what the head has cached as the text "
+            "grows; run predict_next without a cache"
+        )
     return init_cache(mtp_config(config), batch, capacity, dtype)
 
 
@@ -345,9 +359,17 @@ def _checked(
     input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Token ids, mask and positions of a call in the dtypes that are computed with."""
-    ids = jnp.asarray(input_ids, jnp.int32)
-    if ids.ndim != 2:
-        raise ValueError(f"input_ids has {ids.ndim} axes; give token ids [batch, length]")
+    try:
+        ids = jnp.asarray(input_ids)
+    except ValueError:
+        raise ValueError(
+            "input_ids has rows of different lengths; pad them and give a mask"
+        ) from None
+    if ids.ndim != 2 or not ids.size:
+        raise ValueError(f"input_ids has shape {ids.shape}; give token ids [batch, length]")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"input_ids are {ids.dtype}; give integers, the ids of tokens")
+    ids = ids.astype(jnp.int32)
     mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
     return ids, mask, None if positions is None else jnp.asarray(positions, jnp.int32)
 
@@ -409,10 +431,15 @@ def _place_after(
     cache: Cache,
 ) -> tuple[Tokens, Cache]:
     """Where the tokens of a call stand after those of `cache`, and its books with them entered."""
+    counted = True
     if positions is None:
         positions = cache.next_positions[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
+    elif mask is not None:
+        # Where a caller says what stands where, padding stands nowhere.
+        counted = mask
     positions = jnp.broadcast_to(positions, ids.shape)
-    next_positions = jnp.maximum(cache.next_positions, positions.max(axis=1) + 1)
+    last = jnp.where(counted, positions, -1).max(axis=1)
+    next_positions = jnp.maximum(cache.next_positions, last + 1)
     real = jnp.ones_like(ids) if mask is None else mask.astype(jnp.int32)
     order = jnp.cumsum(real, axis=1)
     lengths = cache.lengths + order[:, -1]

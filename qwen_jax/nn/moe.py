@@ -29,7 +29,8 @@ class Dispatch(enum.StrEnum):
     Attributes:
       DENSE: every expert runs every token; E / k times the work, in the fewest products.
       SORTED: tokens in order of their experts, block by block, each block of one expert. Drops
-        nothing, holds nothing of size E times N, reads the experts that were chosen only.
+        nothing, holds nothing of size E times N, reads the experts that were chosen only. (But
+        XLA on CPU copies bfloat16 weights to float32 beforehand, those of all experts.)
       RAGGED: all tokens in one product over groups of uneven size. Made for TPUs; elsewhere XLA
         spells it out to [E, N * k, D].
       GATHER: SORTED in blocks of one, for the few tokens of a decoding step.

@@ -21,14 +21,17 @@ class QuantizedWeight:
     A pytree whose arrays, `group_of` aside, share the axes [..., out]; numpy or JAX arrays.
 
     Attributes:
-      values: 8 bits: int8, uint8 or float8_e4m3fn [..., out, in]. 4 bits: uint8 [..., out, in / 2],
-        two inputs a byte, the earlier one in the low half.
+      values: 8 bits: int8 or uint8 [..., out, in]. 4 bits: uint8 [..., out, in / 2], two inputs a
+        byte, the earlier one in the low half.
       scales: float [..., out, groups].
       zeros: uint8 [..., out, groups], what stands for 0; None where 0 does.
       group_of: int32 [..., in], the group of each input, the same for all rows; None when input i
         is in group i // group_size.
       bits: 4 or 8, of a value.
       group_size: inputs of a group; the last group may have fewer.
+      float8: whether the uint8 values are the bits of float8_e4m3fn numbers, not integers. XLA on
+        CPU has no arithmetic of that type: it widens an array of it to 16 bits before a slice is
+        taken, for all layers ahead of their turn.
     """
 
     values: Array
@@ -37,6 +40,7 @@ class QuantizedWeight:
     group_of: Array | None
     bits: int = flax.struct.field(pytree_node=False)
     group_size: int = flax.struct.field(pytree_node=False)
+    float8: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +57,11 @@ class QuantizedWeight:
     def dtype(self) -> np.dtype:
         """Of the scales: the format's own precision."""
         return self.scales.dtype
+
+    @property
+    def typed_values(self) -> Array:
+        """The values in the dtype of what they are; a view of the same bits."""
+        return self.values.view(jnp.float8_e4m3fn) if self.float8 else self.values
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +92,7 @@ def dequantize(weight: QuantizedWeight, dtype: jnp.dtype) -> Array:
     With numpy arrays numpy computes it, else JAX.
     """
     xp = weight.values.__array_namespace__()
-    values = weight.values
+    values = weight.typed_values
     if weight.bits == 4:
         # Elementwise, which compilers vectorise; interleaving two arrays takes five times as long.
         shifts = xp.arange(weight.shape[-1], dtype=np.uint8) % 2 * np.uint8(4)

@@ -18,11 +18,12 @@ from qwen_jax.config import RopeKind, RopeSpec
 class Rotation:
     """Cosines and sines by position, each float32 [B, T, r/2], attention factor included.
 
-    r is the number of rotated channels, the first ones of a head.
+    r is the number of rotated channels, the first ones of a head. `in_float32` is the spec's.
     """
 
     cos: jax.Array
     sin: jax.Array
+    in_float32: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def inverse_frequencies(
@@ -108,20 +109,24 @@ def rotation(
         frequencies = frequencies[:, None]
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return Rotation(
-        cos=jnp.cos(angles) * spec.attention_factor, sin=jnp.sin(angles) * spec.attention_factor
+        cos=jnp.cos(angles) * spec.attention_factor,
+        sin=jnp.sin(angles) * spec.attention_factor,
+        in_float32=spec.in_float32,
     )
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates the first r channels of `x` [B, T, heads, d].
 
-    Casts cos and sin to its dtype first, as the reference does.
+    Casts cos and sin to its dtype first, or works in float32, as the reference does.
     """
-    cos = by.cos[:, :, None, :].astype(x.dtype)
-    sin = by.sin[:, :, None, :].astype(x.dtype)
+    dtype = jnp.float32 if by.in_float32 else x.dtype
+    cos = by.cos[:, :, None, :].astype(dtype)
+    sin = by.sin[:, :, None, :].astype(dtype)
     half = cos.shape[-1]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
 
 
 def logn_scale(positions: jax.Array, trained: int) -> jax.Array:

@@ -74,5 +74,17 @@ def test_numbers_of_tokens_that_are_none_are_refused(run_tool, tmp_path, tokens)
 
 
 def test_a_dense_model_has_nothing_to_dispatch(run_tool, tmp_path):
-    arguments = ("--model=qwen3-0.6b", f"--workdir={tmp_path}", "--workload=dispatch")
+    workdir = tmp_path / "out"
+    arguments = ("--model=qwen3-0.6b", f"--workdir={workdir}", "--workload=dispatch")
     assert "has no experts" in refusal(run_tool("benchmark", *arguments))
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("workload", "flag"),
+    [("dispatch", "prompt_tokens"), ("dispatch", "decode_tokens"), ("model", "tokens")],
+)
+def test_a_flag_of_the_other_workload_is_refused(run_tool, tmp_path, workload, flag):
+    arguments = ("--model=qwen3-30b-a3b", f"--workdir={tmp_path}", f"--workload={workload}")
+    message = refusal(run_tool("benchmark", *arguments, f"--{flag}=1"))
+    assert message == f"--{flag} is not for --workload={workload}"

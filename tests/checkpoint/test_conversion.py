@@ -22,6 +22,8 @@ from qwen_jax.checkpoint.reader import StoredTensor
 from qwen_jax.checkpoint.writer import write_tensors
 from tests.reference import quiet, random_reference, save_reference
 
+POOLING = '{"pooling_mode_lasttoken": true}'
+MODULES = '[{"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -40,6 +42,11 @@ def mixed(reference, companions, tmp_path_factory):
         (directory / file).write_bytes(content)
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(POOLING)
+    for file in ("code.py", "pickle.bin"):
+        (directory / "1_Pooling" / file).write_text("not wanted")
+    (directory / "modules.json").write_text(MODULES)
     (directory / "modeling_qwen.py").write_text("raise SystemExit")
     (directory / "training_args.bin").write_bytes(b"pickle")
     (directory / ".cache").mkdir()
@@ -64,6 +71,9 @@ def assert_companions(directory, companions, source):
     for file, content in companions.items():
         assert (directory / file).read_bytes() == content
     assert (directory / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
+    assert (directory / "modules.json").read_text() == MODULES
+    assert [path.name for path in (directory / "1_Pooling").iterdir()] == ["config.json"]
+    assert (directory / "1_Pooling" / "config.json").read_text() == POOLING
     assert (directory / "config.json").read_bytes() == (source / "config.json").read_bytes()
     left_out = {"modeling_qwen.py", "training_args.bin", ".cache"}
     assert not left_out & {path.name for path in directory.iterdir()}

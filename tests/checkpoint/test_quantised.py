@@ -134,6 +134,7 @@ def test_fp8_in_blocks(rng, tmp_path, shape, suffix):
     stored = store(tmp_path, pieces, suffix=suffix)
     packed = check(stored, FP8, unpack_fp8(pieces, (128, 128)))
     assert packed.values.nbytes == shape[0] * shape[1]
+    assert packed.float8 and packed.values.dtype == np.uint8
 
 
 def test_every_fp8_value_and_a_block_that_is_not_square(rng, tmp_path):
@@ -276,6 +277,24 @@ PUBLISHED = {
          "use_exllama": True, "checkpoint_format": "gptq_v2"},
         QuantizationSpec("gptq", 8, 128, desc_act=True),
     ),
+    "gptq that leaves modules out": (
+        {"bits": 4, "checkpoint_format": "gptq", "desc_act": False, "group_size": 128,
+         "dynamic": {"lm_head": {}, "model.language_model.embed_tokens": {}, "-:.*attn.*": {},
+                     "-:.*shared_expert.*": {}, "-:.*mtp.*": {}, "-:.*visual.*": {}},
+         "lm_head": False, "pack_dtype": "int32", "quant_method": "gptq", "sym": True},
+        QuantizationSpec("gptq", 4, 128, zero_offset=1),
+    ),
+    "awq as its own writer spells it": (
+        {"bits": 4, "group_size": 128, "modules_to_not_convert": [], "quant_method": "awq",
+         "version": "GEMM", "zero_point": True},
+        QuantizationSpec("awq", 4, 128),
+    ),
+    "fp8 that tells what it is not": (
+        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+         "modules_to_not_convert": ["lm_head"], "weight_block_size": [128, 128],
+         "weight_per_tensor": False, "act_per_tensor": False},
+        QuantizationSpec("fp8", 8, 128, block_rows=128),
+    ),
     "awq": (
         {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq",
          "version": "gemm", "zero_point": True, "backend": "autoawq", "do_fuse": False},
@@ -296,6 +315,11 @@ def test_published_configurations_are_read(name):
     assert dataclasses.is_dataclass(spec) and hash(spec)
 
 
+def test_whatever_a_rule_that_leaves_modules_out_says_is_read():
+    rules = {"-:.*a": {"bits": 8}, "-:.*b": None, "+:.*c": {}, ".*d": None}
+    assert read_quantization(GPTQ | {"dynamic": rules}) == read_quantization(GPTQ)
+
+
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
@@ -312,8 +336,17 @@ def test_published_configurations_are_read(name):
         (GPTQ | {"is_marlin_format": True}, ["is_marlin_format"]),
         (GPTQ | {"lm_head": True}, ["lm_head"]),
         (GPTQ | {"pack_dtype": "int16"}, ["pack_dtype"]),
-        (GPTQ | {"dynamic": {"-:.*": {}}}, ["dynamic"]),
+        (GPTQ | {"dynamic": {"-:a": {}, "+:b.*": {"bits": 8}}}, ["dynamic", "+:b.*", "bits"]),
+        (GPTQ | {"dynamic": {"lm_head": {"group_size": 32}}}, ["dynamic", "lm_head"]),
+        (GPTQ | {"dynamic": {"a\nb": {"bits": 8}}}, ["dynamic", "a\\nb"]),
+        (GPTQ | {"dynamic": ["-:.*"]}, ["dynamic", "object"]),
+        (AWQ | {"dynamic": {"-:.*": {}}}, ["dynamic"]),
         (AWQ | {"version": "gemv"}, ["version", "gemv"]),
+        (AWQ | {"version": "GEMV"}, ["version", "GEMV"]),
+        (AWQ | {"version": 1}, ["version = 1"]),
+        (FP8 | {"fmt": "E4M3"}, ["fmt", "E4M3"]),
+        (FP8 | {"weight_per_tensor": True}, ["weight_per_tensor", "true"]),
+        (FP8 | {"act_per_tensor": True}, ["act_per_tensor", "true"]),
         (AWQ | {"bits": 8}, ["bits = 8"]),
         (AWQ | {"zero_point": False}, ["zero_point"]),
         (AWQ | {"group_size": -1}, ["group_size"]),

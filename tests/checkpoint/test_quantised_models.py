@@ -256,10 +256,14 @@ def test_a_quantised_checkpoint_is_converted_to_what_it_stands_for(tmp_path):
     reference = random_reference("qwen3", num_hidden_layers=1)
     directory = save_reference(reference, tmp_path / "model")
     dense = quantise_directory(directory, *LAYOUTS["awq"], is_linear)
+    descriptions = ("quantize_config.json", "quant_config.json")
+    for name in descriptions:
+        (directory / name).write_text('{"bits": 4}')
     for target_format in ("hf", "orbax"):
         target = tmp_path / target_format
         written = convert(directory, target, target_format)
         assert written.dequantised
+        assert not any((target / name).exists() for name in descriptions)
         assert "quantization_config" not in json.loads((target / "config.json").read_text())
         np.testing.assert_array_equal(
             logits_of(target, "dense")[0], logits_of(directory, "dense")[0]
@@ -270,6 +274,7 @@ def test_a_quantised_checkpoint_is_converted_to_what_it_stands_for(tmp_path):
     )
     assert all(torch.equal(stored[name], value) for name, value in dense.items())
     convert(directory, tmp_path / "again", "hf", quantize="int8")
+    assert not any((tmp_path / "again" / name).exists() for name in descriptions)
     logits_of(tmp_path / "again", "packed")
 
 

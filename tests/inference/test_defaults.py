@@ -19,6 +19,11 @@ PUBLISHED = {
         "max_window_size": 6144, "max_new_tokens": 512, "do_sample": True, "top_k": 0,
         "top_p": 0.8, "repetition_penalty": 1.1, "transformers_version": "4.31.0",
     },
+    "Qwen-7B": {
+        "chat_format": "raw", "do_sample": True, "eos_token_id": 151643, "max_new_tokens": 512,
+        "pad_token_id": 151643, "stop_words_ids": [[151643]], "top_k": 0, "top_p": 0.8,
+        "transformers_version": "4.31.0",
+    },
     "Qwen1.5-7B": {
         "bos_token_id": 151643, "eos_token_id": 151643, "max_new_tokens": 2048,
         "transformers_version": "4.37.0",
@@ -121,6 +126,8 @@ def test_greedy_when_the_file_is_absent(tmp_path):
     [
         ({"num_beams": 4}, "num_beams = 4 is not supported"),
         ({"chat_format": "alpaca"}, 'chat_format = "alpaca" is not supported: known: chatml, raw'),
+        ({"stop_words_ids": [[25, 13]]}, "stop_words_ids = [25, 13] is not supported"),
+        ({"stop_words_ids": [25]}, "stop_words_ids = [25] should be list of lists of integers"),
         ({"penalty_alpha": 0.6}, "penalty_alpha = 0.6 is not supported"),
         ({"typical_p": 0.9}, "typical_p = 0.9 is not supported"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size = 3 is not supported"),

@@ -20,6 +20,12 @@ def padding(lengths, total, side):
     return (columns < lengths if side == "right" else columns >= total - lengths).astype(np.int32)
 
 
+def mean_kl(logits, reference):
+    """Mean over positions of KL(reference || logits)."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, logits))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
 def draw_scaling(rng, trained):
     """A `rope_scaling` of any kind for a model trained on texts of length `trained`."""
     return {

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 import qwen_jax
+from tests.models.passes import mean_kl
 from tests.reference import random_reference, reference_logits, save_reference
-
-
-def mean_kl(logits, reference):
-    """Mean over positions of KL(reference || logits)."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, logits))
-    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next"])

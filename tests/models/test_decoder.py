@@ -161,8 +161,29 @@ def test_logits_beyond_the_call_are_no_numbers(small):
         assert np.isnan(logits[0, 1:]).all()
     with pytest.raises(ValueError, match="axes"):
         model.apply({"params": params}, [[1, 2]], logits_at=1)
-    with pytest.raises(ValueError, match="axes"):
+    with pytest.raises(ValueError, match=r"shape \(2,\); give token ids"):
         model.apply({"params": params}, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1.7, 2.0]], "input_ids are float32; give integers"),
+        ([[True]], "input_ids are bool; give integers"),
+        ([[1, 2], [3]], "rows of different lengths; pad them"),
+        (np.zeros((1, 0), int), r"shape \(1, 0\); give token ids"),
+    ],
+)
+def test_ids_that_are_none_are_refused(small, ids, message):
+    model, params = small
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, ids)
+
+
+def test_a_model_without_the_head_for_the_token_after_says_so(small):
+    model, params = small
+    with pytest.raises(ValueError, match=r"no head for the token after the next"):
+        model.apply({"params": params}, np.zeros((1, 2, 64)), [[1, 2]], method="predict_next")
 
 
 def test_a_row_that_outgrows_its_cache_gives_no_numbers(small):

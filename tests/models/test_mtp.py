@@ -21,6 +21,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderL
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.writer import save_pretrained
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import with_rope_scaling
 from qwen_jax.models.decoder import init_mtp_cache
 from qwen_jax.nn.cache import init_cache
 from tests.models.passes import TOLERANCE, padding, random_ids
@@ -322,3 +324,10 @@ def test_no_head_without_its_tensors(tmp_path):
     model, params = qwen_jax.load_pretrained(directory)
     assert model.config.mtp_layers == 0
     assert "mtp" not in params
+
+
+def test_a_cache_is_refused_where_frequencies_change_with_the_text(sparse):
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    config = with_rope_scaling(sparse.model.config, scaling)
+    with pytest.raises(UserError, match=r"rope_type = dynamic .* without a cache"):
+        init_mtp_cache(config, 1, 8, np.float32)

@@ -17,7 +17,7 @@ from qwen_jax.checkpoint.writer import save_pretrained
 from qwen_jax.config import RopeKind
 from qwen_jax.hf_config import read_hf_config, write_hf_config
 from qwen_jax.nn.cache import init_cache
-from tests.models.passes import TOLERANCE, padding, random_ids
+from tests.models.passes import TOLERANCE, mean_kl, padding, random_ids
 from tests.renderings.qwen1 import Qwen1
 
 TRAINED = 10
@@ -518,3 +518,34 @@ def test_the_command_converts_without_torch_and_transformers(load, tmp_path):
         flags = [f"--source={source}", f"--target={target}", f"--format={kind}"]
         subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True)
     assert_same_tensors(tmp_path / "hf", rendering.tensors)
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_formulas(tmp_path):
+    fields = {**FIELDS, "num_hidden_layers": 6, "torch_dtype": "bfloat16"}
+    ratios = []
+    for seed in range(3):
+        rounded = {name: t.bfloat16() for name, t in random_tensors(fields, seed).items()}
+        directory = write_checkpoint(tmp_path / str(seed), rounded, fields)
+        model, params = qwen_jax.load_pretrained(directory, "bfloat16")
+        ids = random_ids(model, (4, 40), seed)
+        exact = {name: tensor.float() for name, tensor in rounded.items()}
+        truth, theirs = (
+            Qwen1(tensors, fields)(torch.as_tensor(ids))[0].double().numpy()
+            for tensors in (exact, rounded)
+        )
+        ours = np.asarray(model.apply({"params": params}, ids).logits, np.float64)
+        ratios.append(mean_kl(ours, truth) / mean_kl(theirs, truth))
+    assert max(ratios) <= 1.5, ratios
+
+
+def test_a_row_that_begins_later_equals_the_row_alone(load):
+    """What stands before is padding, which a caller's positions need not count."""
+    _, model, params, _ = load()
+    ids = random_ids(model, (2, 16))
+    first = np.array([[1] * 6, [0] * 6])
+    cache = init_cache(model.config, 2, 24, np.float32)
+    positions = np.where(first, np.arange(6), 0)
+    out = model.apply({"params": params}, ids[:, :6], first, positions, cache)
+    out = model.apply({"params": params}, ids[:, 6:], cache=out.cache)
+    alone = model.apply({"params": params}, ids[1:, 6:]).logits
+    np.testing.assert_allclose(out.logits[1:], alone, rtol=0, atol=TOLERANCE)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.config import MoeSpec
 from qwen_jax.nn.linear import as_dense, linear
+from qwen_jax.nn.moe import Dispatch, mix_experts, route
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize, quantize
+from tests.checkpoint.quantised_layouts import e4m3
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def by_hand(leaf: QuantizedWeight) -> np.ndarray:
         if leaf.bits == 4:
             code = float((int(leaf.values[o, i // 2]) >> 4 * (i % 2)) & 15)
         else:
-            code = float(leaf.values[o, i])
+            code = e4m3(int(leaf.values[o, i])) if leaf.float8 else float(leaf.values[o, i])
         zero = 0 if leaf.zeros is None else int(leaf.zeros[o, g])
         out[o, i] = np.float32(code - zero) * np.float32(leaf.scales[o, g])
     return out
@@ -37,8 +40,8 @@ def random_leaf(rng, kind: str, out: int = 6, n_in: int = 20, group: int = 8) ->
     scales = rng.uniform(0.01, 0.1, (out, groups)).astype(np.float16)
     zeros, group_of = rng.integers(0, 256, (out, groups), np.uint8), None
     if kind == "float8":
-        values = rng.normal(size=(out, n_in)).astype(jnp.float8_e4m3fn)
-        return QuantizedWeight(values, scales.astype(np.float32), None, None, 8, group)
+        values = rng.normal(size=(out, n_in)).astype(jnp.float8_e4m3fn).view(np.uint8)
+        return QuantizedWeight(values, scales.astype(np.float32), None, None, 8, group, True)
     if kind == "scattered":
         group_of = rng.integers(0, groups, n_in).astype(np.int32)
     bits = 8 if kind == "uint8" else 4
@@ -80,6 +83,15 @@ def test_rows_and_experts_are_taken_as_of_a_dense_weight(rng, kind):
     np.testing.assert_array_equal(jax.jit(one_expert)(on_device(stack), 2), dense[2])
 
 
+def test_bits_of_floats_are_not_taken_for_integers(rng):
+    floats, integers = random_leaf(rng, "float8"), random_leaf(rng, "uint8")
+    assert floats.typed_values.dtype == jnp.float8_e4m3fn
+    assert integers.typed_values.dtype == floats.values.dtype == np.uint8
+    assert jax.tree.structure(floats) != jax.tree.structure(floats.replace(float8=False))
+    for cut in (floats[1:3], on_device(floats), jax.tree.map(np.stack, floats)):
+        assert cut.float8
+
+
 def test_inputs_are_not_indexed(rng):
     leaf = random_leaf(rng, "uint4")
     for index in ((0, 1), (slice(None), slice(0, 2)), (..., 0)):
@@ -106,10 +118,27 @@ def test_gradients_reach_the_input_of_a_packed_weight(rng):
     np.testing.assert_allclose(gradient, np.tile(by_hand(leaf).sum(0), (3, 1)), atol=1e-5)
 
 
+DEPTH = 8
+
+
+def packed_ones(kind: str, *shape: int) -> QuantizedWeight:
+    if kind != "fp8":
+        return quantize(np.ones(shape, np.float32), {"int8": 8, "int4": 4}[kind])
+    bits = np.ones(shape, jnp.float8_e4m3fn).view(np.uint8)
+    scales = np.ones((*shape[:-1], shape[-1] // 128), np.float32)
+    return QuantizedWeight(bits, scales, None, None, 8, 128, float8=True)
+
+
+def temporaries(run, *arguments) -> int:
+    """Bytes that the compiled program needs besides its arguments and results."""
+    return jax.jit(run).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("use", ["layers", "loop over layers", "gradient"])
-def test_dense_copies_of_all_layers_never_live_at_once(use):
-    size, depth = 512, 8
-    leaves = [quantize(np.ones((size, size), np.float32), 4) for _ in range(depth)]
+def test_dense_copies_of_all_layers_never_live_at_once(use, kind):
+    size = 512
+    leaves = [packed_ones(kind, size, size) for _ in range(DEPTH)]
 
     def forward(x, leaves):
         for leaf in leaves:
@@ -124,9 +153,28 @@ def test_dense_copies_of_all_layers_never_live_at_once(use):
 
     run = {"layers": forward, "loop over layers": repeated, "gradient": gradient}[use]
     x = jax.ShapeDtypeStruct((1, size), jnp.float32)
-    memory = jax.jit(run).lower(x, leaves).compile().memory_analysis()
     one_layer = size * size * 4
-    assert memory.temp_size_in_bytes < 1.5 * one_layer
+    assert temporaries(run, x, leaves) < 1.5 * one_layer
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("method", [Dispatch.SORTED, Dispatch.GATHER])
+def test_dense_copies_of_all_experts_never_live_at_once(method, kind):
+    E, size, tokens = 16, 256, 4
+    spec = MoeSpec((0,), E, 2, size, True)
+    names = ("gate_proj", "up_proj", "down_proj")
+    layers = [
+        {name: packed_ones(kind, E, size, size) for name in names} for _ in range(DEPTH)
+    ]  # fmt: skip
+
+    def forward(x, gate, layers):
+        for experts in layers:
+            x = jnp.tanh(mix_experts(x, route(x, gate, spec), experts, method))
+        return x
+
+    x, gate = jax.ShapeDtypeStruct((tokens, size), jnp.float32), np.ones((E, size), np.float32)
+    one_expert = len(names) * size * size * 4
+    assert temporaries(forward, x, gate, layers) < 1.5 * one_expert
 
 
 @pytest.mark.parametrize("bits", [4, 8])

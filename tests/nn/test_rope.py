@@ -1,5 +1,6 @@
 """Inverse frequencies against transformers' own, closed forms and published values."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -101,3 +102,20 @@ def test_rotation_equals_transformers_far_out():
     np.testing.assert_allclose(ours.cos, cos[..., :64], atol=1e-2)
     np.testing.assert_allclose(ours.sin, sin[..., :64], atol=1e-2)
     np.testing.assert_allclose(ours.cos[:, :3], cos[:, :3, :64], atol=3e-4)
+
+
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_half_precision_is_rounded_where_the_spec_says(in_float32):
+    x = torch.randn(2, 9, 3, 8, dtype=torch.bfloat16)
+    positions = np.tile(np.arange(9), (2, 1))
+    by = rotation(RopeSpec(in_float32=in_float32), 8, positions)
+    cos, sin = (torch.tensor(np.tile(t, 2))[:, :, None] for t in (by.cos, by.sin))
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    if in_float32:
+        expected = (x.float() * cos + turned.float() * sin).bfloat16()
+    else:
+        expected = x * cos.bfloat16() + turned * sin.bfloat16()
+    ours = rotate(jnp.asarray(x.float().numpy(), jnp.bfloat16), by)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), expected.float())

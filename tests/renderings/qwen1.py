@@ -80,14 +80,18 @@ class Qwen1:
             part.unflatten(-1, (-1, d))
             for part in self._linear(f"h.{i}.attn.c_attn", x).chunk(3, -1)
         )
-        q, k = (t * angles.cos() + _half_turn(t) * angles.sin() for t in (q, k))
+        # Rotated in float32, whatever the dtype.
+        q, k = (
+            (t.float() * angles.cos() + _half_turn(t.float()) * angles.sin()).type_as(t)
+            for t in (q, k)
+        )
         if before is not None:
             k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
         if self.fields["use_logn_attn"]:
             places = range(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1)
             trained = self.fields["seq_length"]
             scale = [math.log(n) / math.log(trained) if n > trained else 1.0 for n in places]
-            q = q * torch.tensor(scale)[None, :, None, None]
+            q = q * torch.tensor(scale).type_as(q)[None, :, None, None]
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(d)
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
@@ -99,8 +103,9 @@ class Qwen1:
         return y if bias is None else y + bias
 
     def _norm(self, name, x):
-        spread = x.pow(2).mean(-1, keepdim=True) + self.fields["layer_norm_epsilon"]
-        return self.tensors[f"transformer.{name}.weight"] * x * spread.rsqrt()
+        wide = x.float()
+        spread = wide.pow(2).mean(-1, keepdim=True) + self.fields["layer_norm_epsilon"]
+        return self.tensors[f"transformer.{name}.weight"] * (wide * spread.rsqrt()).type_as(x)
 
     def generate(self, prompt: list[int], new: int) -> list[int]:
         """Greedy new ids of one prompt, a step at a time from the cache."""

@@ -93,7 +93,14 @@ def test_bad_flags_are_refused_in_one_line(run_tool, checkpoint, argument, messa
     assert refusal(run_tool("verify", f"--model={checkpoint}", argument)).startswith(message)
 
 
-@pytest.mark.parametrize("layers", ["x", "0,-1", "", "0,28"])
+def test_more_tokens_than_positions_are_refused(run_tool, checkpoint):
+    message = refusal(run_tool("verify", f"--model={checkpoint}", "--tokens=100000"))
+    assert "100000 tokens are more than the model's" in message
+    both = run_tool("verify", f"--model={checkpoint}", "--tokens=2", "--prompt=the sea")
+    assert refusal(both) == "give --prompt or --tokens, and not both"
+
+
+@pytest.mark.parametrize("layers", ["x", "0,-1", "", "0,28", "0,0", "3,2"])
 def test_layers_that_a_preset_does_not_have_are_refused(run_tool, layers):
     message = refusal(run_tool("verify", "--model=qwen3-0.6b", f"--layers={layers}"))
     assert "layer" in message
