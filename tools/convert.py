@@ -7,7 +7,8 @@ python -m tools.convert --source=/data/qwen3-0.6b --target=/data/qwen3-0.6b-int4
   --quantize=int4 --measure
 
 Tensors keep their bits unless --dtype is given; config.json, the tokenizer and the other files
-beside the weights come along. The target appears when it is complete, and not before.
+beside the weights come along, but for descriptions of a quantisation that is undone. The target
+appears when it is complete, and not before.
 
 A quantised source (GPTQ, AWQ, FP8 or our own) is dequantised. --quantize rounds the linear layers
 and experts to 8 or 4 bits, with a scale for every 128 inputs, in a format that this package reads.
