@@ -53,6 +53,8 @@ def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, t
             "prompt_tokens": 8,
             "decode_tokens": 2,
             "repeats": 1,
+            "workload": "model",
+            "tokens": ["1", "8", "64", "256", "1024"],
         }
 
 
