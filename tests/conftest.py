@@ -9,9 +9,20 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+# Programs of earlier runs; each process that runs tests has its own, since writing is not atomic.
+PROGRAMS = (
+    Path(__file__).parents[1] / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+)
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Thousands of compiled programs would use up the process's memory maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
