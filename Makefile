@@ -28,7 +28,7 @@ lint: $(VENV)/dev
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow

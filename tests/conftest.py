@@ -9,11 +9,7 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# Programs of earlier runs; each process that runs tests has its own, since writing is not atomic.
-PROGRAMS = (
-    Path(__file__).parents[1] / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-)
-jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

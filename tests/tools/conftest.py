@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROGRAMS
 from tests.reference import random_reference, save_reference
 from tests.text.chat_templates import QWEN3
 from tests.text.real_vocabulary import byte_characters
@@ -51,7 +50,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
