@@ -20,7 +20,9 @@ _FULL = LayerKind.FULL_ATTENTION
 
 
 def _trained_at(length: int) -> RopeSpec:
-    return RopeSpec(kind=RopeKind.STEPPED_NTK, original_max_position_embeddings=length)
+    return RopeSpec(
+        kind=RopeKind.STEPPED_NTK, original_max_position_embeddings=length, in_float32=True
+    )
 
 
 _1_8B = ModelConfig(
@@ -65,7 +67,7 @@ _72B = replace(
     num_key_value_heads=64,
     layer_types=(_FULL,) * 80,
     max_position_embeddings=32768,
-    rope=RopeSpec(theta=1e6),
+    rope=RopeSpec(theta=1e6, in_float32=True),
     logn_length=None,
 )
 
