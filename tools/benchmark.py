@@ -135,9 +135,14 @@ def _measure_dispatch(config: ModelConfig, counts: list[int], workdir: Path) -> 
 
 
 def _cell(row: DispatchRow, chosen: Dispatch) -> str:
-    time = "not run" if row.median is None else f"{1e3 * row.median:.3g}"
-    cell = f"{time} ({row.temporaries / 1e6:.3g})"
+    time = "not run" if row.median is None else _three_digits(1e3 * row.median)
+    cell = f"{time} ({_three_digits(row.temporaries / 1e6)})"
     return f"**{cell}**" if row.method is chosen else cell
+
+
+def _three_digits(value: float) -> str:
+    """Rounded, and without an exponent: 0.976, 85.2, 11,100."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:
@@ -146,7 +151,7 @@ def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:
     for what, values in figures[ours].items():
         medians = [statistics.median(v) for v in (values, figures[peer][what])]
         cells = [
-            f"{statistics.median(v):.3g} ({min(v):.3g} to {max(v):.3g})"
+            "{} ({} to {})".format(*map(_three_digits, (statistics.median(v), min(v), max(v))))
             for v in (values, figures[peer][what])
         ]
         print(f"| {what} | {' | '.join(cells)} | {medians[0] / medians[1]:.2f} |")

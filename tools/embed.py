@@ -87,13 +87,14 @@ def main() -> None:
     target = Path(_WORKDIR.value).expanduser() / task
     check_vacant(target)
     tokenizer = qwen_jax.load_tokenizer(directory)
+    answers = _answer_ids(task, tokenizer, directory)
     texts = [_ids(config, task, tokenizer, name, row) for name, row in rows]
     model, params = qwen_jax.load_pretrained(
         directory, _DTYPE.value, weights=weights_flag.WEIGHTS.value
     )
     weights_flag.report_memory(directory, params)
     labels = _label_names(directory, model.config)
-    found, vectors = _results(task, model, params, tokenizer, texts, labels)
+    found, vectors = _results(task, model, params, tokenizer, texts, answers, labels)
     origin = provenance(
         params["embed_tokens"]["weight"].dtype.name, {flag.name: flag.value for flag in _FLAGS}
     )
@@ -118,6 +119,19 @@ def _default_task(config: ModelConfig, row: Row) -> str:
             return "classify"
     # Embedders are published as language models too, as rerankers are.
     return "rerank" if "query" in row else "embed"
+
+
+def _answer_ids(task: str, tokenizer: Tokenizer, directory: Path) -> tuple[int, ...]:
+    """The tokens that scores are of, or are read at, where the task has such."""
+    try:
+        match task:
+            case "rerank":
+                return scoring_prompts.answer_ids(tokenizer)
+            case "step_reward":
+                return (scoring_prompts.step_token_id(tokenizer),)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    return ()
 
 
 def _ids(config: ModelConfig, task: str, tokenizer: Tokenizer, name: str, row: Row) -> list[int]:
@@ -194,6 +208,7 @@ def _results(
     params: Any,
     tokenizer: Tokenizer,
     texts: scoring.Texts,
+    answers: tuple[int, ...],
     labels: list[str],
 ) -> tuple[list[Row], np.ndarray | None]:
     """What is added to each line, and the vectors where there are any."""
@@ -203,7 +218,7 @@ def _results(
             vectors = scoring.embed(*what, _DIMENSIONS.value, size)
             return [{"vector": vector.tolist()} for vector in vectors], vectors
         case "rerank":
-            scores = scoring.rerank_scores(*what, *scoring_prompts.answer_ids(tokenizer), size)
+            scores = scoring.rerank_scores(*what, *answers, size)
             return [{"score": score} for score in scores.tolist()], None
         case "reward":
             if len(labels) > 1:
@@ -211,8 +226,7 @@ def _results(
             scores = scoring.head_scores(*what, size)
             return [{"score": score} for score in scores[:, 0].tolist()], None
         case "step_reward":
-            step_id = scoring_prompts.step_token_id(tokenizer)
-            rewards = scoring.step_rewards(*what, step_id, size)
+            rewards = scoring.step_rewards(*what, *answers, size)
             return [{"scores": row.tolist()} for row in rewards], None
     if model.config.head is HeadKind.SCORE_WITH_BIAS:
         of_tokens = zip(texts, scoring.token_scores(*what, size), strict=True)

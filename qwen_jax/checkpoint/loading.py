@@ -17,6 +17,7 @@ from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
 from qwen_jax.checkpoint.orbax_format import is_orbax, open_orbax
 from qwen_jax.checkpoint.quantised import (
+    FIELD,
     dequantised,
     drop_zero_biases,
     load_quantization,
@@ -122,7 +123,8 @@ def open_model(config: ModelConfig, directory: Path, packed: bool = False) -> St
         return StoredModel(*open_orbax(config, directory))
     files = open_checkpoint(directory, quantised=quantization is not None)
     if quantization is not None:
-        files = logical_tensors(files, quantization)
+        source = f"{directory / 'config.json'}: {FIELD}"
+        files = logical_tensors(files, quantization, source)
     config = names.fit_config(config, files)
     stored = _by_canonical_name(config, directory, files)
     known = {tensor.name for tensor in stored.values()}

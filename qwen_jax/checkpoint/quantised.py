@@ -157,7 +157,7 @@ def _check_dynamic(fields: Fields) -> None:
 
 
 def logical_tensors(
-    stored: Mapping[str, StoredTensor], spec: QuantizationSpec
+    stored: Mapping[str, StoredTensor], spec: QuantizationSpec, source: str = FIELD
 ) -> dict[str, StoredTensor]:
     """The tensors that the pieces stand for, under the names that they would have unquantised.
 
@@ -167,6 +167,7 @@ def logical_tensors(
     Args:
       stored: by name, in file order.
       spec: how weights are stored.
+      source: of `spec`, named in errors.
 
     Raises:
       UserError: a missing, misshapen or surplus piece, by name; no quantised weight at all. What
@@ -181,8 +182,8 @@ def logical_tensors(
     }
     if not pieces_of:
         raise UserError(
-            f"{FIELD} says {spec.method}, yet no tensor is named *{first}; remove the field from "
-            "config.json if the weights are not quantised"
+            f"{source} says {spec.method}, yet no tensor is named *{first}; remove it if the "
+            "weights are not quantised"
         )
     pieces = {piece for names in pieces_of.values() for piece in names.values()}
     logical = {}

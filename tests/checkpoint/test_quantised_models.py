@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.errors import UserError
 from qwen_jax.evaluation.divergence import measure_divergence
 from qwen_jax.nn.quantized import QuantizedWeight
 from qwen_jax.pretrained import parameter_bytes
@@ -115,6 +116,18 @@ def test_logits_are_those_of_the_dequantised_reference(layout, tmp_path):
     ids = qwen_jax.generate(model, packed, prompts, max_new_tokens=6, temperature=0.0)
     dense = qwen_jax.load_pretrained(directory, "float32")[1]
     assert ids == qwen_jax.generate(model, dense, prompts, max_new_tokens=6, temperature=0.0)
+
+
+def test_weights_that_are_plain_after_all_are_refused(tmp_path):
+    directory = save_reference(random_reference("qwen3", num_hidden_layers=1), tmp_path / "model")
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": LAYOUTS["awq"][0]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        qwen_jax.load_pretrained(directory)
+    assert str(error.value).startswith(
+        f"{path}: quantization_config says awq, yet no tensor is named *.qweight; remove it"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,18 @@ def padding(lengths, total, side):
     return (columns < lengths if side == "right" else columns >= total - lengths).astype(np.int32)
 
 
-def mean_kl(logits, reference):
-    """Mean over positions of KL(reference || logits)."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, logits))
-    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+def divergence_ratio(ours, theirs, truth):
+    """How much further from `truth` our logits are than theirs: 1 for as far, 2 for twice.
+
+    The geometric mean over positions of the ratio of two Kullback-Leibler divergences. A mean of
+    the divergences would be that of the few positions where rounding is amplified most.
+    """
+    log_p, log_ours, log_theirs = (
+        x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+        for x in (np.asarray(logits, np.float64) for logits in (truth, ours, theirs))
+    )
+    of_ours, of_theirs = ((np.exp(log_p) * (log_p - q)).sum(-1) for q in (log_ours, log_theirs))
+    return np.exp(np.log(of_ours / of_theirs).mean())
 
 
 def draw_scaling(rng, trained):

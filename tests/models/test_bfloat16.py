@@ -7,15 +7,30 @@ import pytest
 import torch
 
 import qwen_jax
-from tests.models.passes import mean_kl
+from tests.models.passes import divergence_ratio
 from tests.reference import random_reference, reference_logits, save_reference
 
+# Where few experts are chosen, rounding sends some tokens to others, in either model, and that
+# hides the arithmetic. So all are; tests/nn/test_moe.py looks at the choice.
+ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {},
+    "qwen2_moe": ALL_EXPERTS,
+    "qwen3_moe": ALL_EXPERTS,
+    "qwen3_next": ALL_EXPERTS,
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": ALL_EXPERTS,
+}
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next"])
-def test_divergence_from_float32_is_no_larger_than_the_references(family, tmp_path):
-    ratios = []
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_no_further_from_float32_than_the_reference_s(family, tmp_path):
+    logits = []
     for seed in range(3):
-        reference = random_reference(family, seed, num_hidden_layers=6, hidden_size=128)
+        reference = random_reference(
+            family, seed, num_hidden_layers=6, hidden_size=128, **FAMILIES[family]
+        )
         # Both start from the same rounded weights, so that only the arithmetic differs.
         reference = reference.to(torch.bfloat16).float()
         rounded = copy.deepcopy(reference).to(torch.bfloat16)
@@ -24,8 +39,6 @@ def test_divergence_from_float32_is_no_larger_than_the_references(family, tmp_pa
         )
         assert params["norm"]["weight"].dtype == "bfloat16"
         ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (4, 64))
-        truth = reference_logits(reference, ids).astype(np.float64)
-        ours = np.asarray(model.apply({"params": params}, ids).logits, np.float64)
-        theirs = reference_logits(rounded, ids).astype(np.float64)
-        ratios.append(mean_kl(ours, truth) / mean_kl(theirs, truth))
-    assert max(ratios) <= 1.5, ratios
+        ours = model.apply({"params": params}, ids).logits
+        logits.append([ours, *(reference_logits(m, ids) for m in (rounded, reference))])
+    assert divergence_ratio(*(np.concatenate(each) for each in zip(*logits, strict=True))) <= 1.1

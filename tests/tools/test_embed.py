@@ -1,6 +1,7 @@
 """`python -m tools.embed`: what it writes, against PyTorch, and what it refuses in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -106,6 +107,11 @@ def models(references, tmp_path_factory):
     for path in (root / "embedder").iterdir():
         (root / "wordless" / path.name).symlink_to(path)
     (root / "wordless" / "tokenizer_config.json").unlink()
+    shutil.copytree(root / "reranker", root / "answerless")
+    vocabulary = (root / "answerless" / "vocab.json").read_text(encoding="utf-8")
+    vocabulary = vocabulary.replace('"yes"', '"yea"')
+    (root / "answerless" / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (root / "answerless" / "merges.txt").write_text("#version: 0.2\nn o\ny e\nye a\n")
     return root
 
 
@@ -158,6 +164,7 @@ REFUSES = {
     "absent": ("embedder", "absent", [], "{file}: cannot be read (No such file"),
     "no model": ("nowhere", "texts", [], "{model}: no such directory"),
     "wordless": ("wordless", "texts", [], "{file}:1: the tokenizer has no token <|endoftext|>"),
+    "answerless": ("answerless", "pairs", [], "{model}: the vocabulary has no tokens \"no\" and"),
     "dimensions": ("embedder", "texts", ["--dimensions=65"], "dimensions = 65 should be from 1"),
     "cut scores": ("reranker", "pairs", ["--dimensions=3"], "--dimensions is for --task=embed"),
     "told to score": ("reward", "chats", ["--instruction=x"], "--instruction is for --task=embed"),
