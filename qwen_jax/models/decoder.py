@@ -19,7 +19,7 @@ from qwen_jax.nn.cache import Cache, KeyValues, init_cache, write_slots
 from qwen_jax.nn.delta_rule import DeltaState, GatedDeltaNet
 from qwen_jax.nn.linear import Linear, fetch_param, linear
 from qwen_jax.nn.mlp import SwiGLU
-from qwen_jax.nn.moe import Routing, SparseMoe
+from qwen_jax.nn.moe import Dispatch, Routing, SparseMoe
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.rope import inverse_frequencies, logn_scale, rotation
 
@@ -53,11 +53,14 @@ class DecoderLayer(nn.Module):
       config: of the model.
       kind: of the mixer.
       is_sparse: whether the feed-forward block is a mixture of experts.
+      dispatch, capacity_factor: as `SparseMoe` has them.
     """
 
     config: ModelConfig
     kind: LayerKind
     is_sparse: bool
+    dispatch: Dispatch | None = None
+    capacity_factor: float | None = None
 
     @nn.compact
     def __call__(
@@ -75,7 +78,8 @@ class DecoderLayer(nn.Module):
         x = x + mixed
         normed = _norm(config, RMSNorm, name="post_attention_layernorm")(x)
         if self.is_sparse:
-            y, routing = SparseMoe(config, name="mlp")(normed, tokens.real)
+            experts = SparseMoe(config, self.dispatch, self.capacity_factor, name="mlp")
+            y, routing = experts(normed, tokens.real)
         else:
             y, routing = SwiGLU(config, name="mlp")(normed), None
         return x + y, cache, routing
@@ -98,9 +102,17 @@ class Decoder(nn.Module):
     """A decoder-only language model described by `config`.
 
     Usage: `out = model.apply({"params": params}, input_ids)`.
+
+    Attributes:
+      config: of the model.
+      dispatch: how experts run; None for `nn.moe.choose_dispatch`'s choice in each call.
+      capacity_factor: of `Dispatch.CAPACITY`, and only of it; what was dropped is in the output's
+        `router`.
     """
 
     config: ModelConfig
+    dispatch: Dispatch | None = None
+    capacity_factor: float | None = None
 
     def setup(self):
         """Declares the blocks; their names are the paths in the parameter tree."""
@@ -108,7 +120,8 @@ class Decoder(nn.Module):
         sparse = config.moe.layers if config.moe else ()
         self.embed_tokens = _Embedding(config)
         self.layers = [
-            _CompiledLayer(config, kind, i in sparse) for i, kind in enumerate(config.layer_types)
+            _CompiledLayer(config, kind, i in sparse, self.dispatch, self.capacity_factor)
+            for i, kind in enumerate(config.layer_types)
         ]
         self.norm = _norm(config, _CompiledNorm)
         match config.head:
@@ -121,7 +134,7 @@ class Decoder(nn.Module):
                 self.score_0 = _CompiledLinear(config.hidden_size, True)
                 self.score_2 = _CompiledLinear(config.num_labels, True)
         if config.mtp_layers:
-            self.mtp = _MtpHead(config)
+            self.mtp = _MtpHead(config, self.dispatch, self.capacity_factor)
 
     def __call__(
         self,
@@ -280,6 +293,8 @@ class _MtpHead(nn.Module):
     """
 
     config: ModelConfig
+    dispatch: Dispatch | None = None
+    capacity_factor: float | None = None
 
     def setup(self):
         """Declares the blocks."""
@@ -289,7 +304,9 @@ class _MtpHead(nn.Module):
         self.fc = _CompiledLinear(config.hidden_size, stddev=config.initializer_range)
         (kind,) = config.layer_types
         self.layers = [
-            _CompiledLayer(config, kind, config.moe is not None)
+            _CompiledLayer(
+                config, kind, config.moe is not None, self.dispatch, self.capacity_factor
+            )
             for _ in range(self.config.mtp_layers)
         ]
         self.norm = _norm(config, _CompiledNorm)

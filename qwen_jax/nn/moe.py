@@ -18,6 +18,7 @@ from qwen_jax.config import ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.nn.linear import Linear, as_dense, fetch_param, linear
 from qwen_jax.nn.mlp import SwiGLU
+from qwen_jax.nn.quantized import QuantizedWeight
 
 # One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
 Leaf = Any
@@ -393,7 +394,9 @@ def _run_blocks_backward(size, saved, cotangent):
 _run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
 
 
-def choose_dispatch(num_tokens: int, spec: MoeSpec, platform: str) -> Dispatch:
+def choose_dispatch(
+    num_tokens: int, spec: MoeSpec, platform: str, packed: bool = False
+) -> Dispatch:
     """The fastest method that drops nothing and fits in memory at any size.
 
     GATHER while there are no more choices than experts, so that few experts are read twice; then
@@ -404,10 +407,11 @@ def choose_dispatch(num_tokens: int, spec: MoeSpec, platform: str) -> Dispatch:
       num_tokens: N, padding included.
       spec: of the layer.
       platform: as `jax.default_backend()` names it.
+      packed: whether the experts are, of which RAGGED would unpack all at once.
     """
     if num_tokens * spec.num_experts_per_tok <= spec.num_experts:
         return Dispatch.GATHER
-    return Dispatch.RAGGED if platform == "tpu" else Dispatch.SORTED
+    return Dispatch.RAGGED if platform == "tpu" and not packed else Dispatch.SORTED
 
 
 class SparseMoe(nn.Module):
@@ -432,7 +436,9 @@ class SparseMoe(nn.Module):
         routing = route(x, _Weight((E, D), std, name="gate")(), spec, real)
         experts = _Experts(E, F, D, std, name="experts")()
         num_tokens = math.prod(x.shape[:-1])
-        method = self.dispatch or choose_dispatch(num_tokens, spec, jax.default_backend())
+        packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
+        default = choose_dispatch(num_tokens, spec, jax.default_backend(), packed)
+        method = Dispatch(self.dispatch or default)
         capacity = None
         if (self.capacity_factor is not None) != (method is Dispatch.CAPACITY):
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from qwen_jax.errors import UserError
-from qwen_jax.json_fields import read_json_object
+from qwen_jax.json_fields import read_json_object, shown
 from qwen_jax.text import control_tokens, template_engine
 from qwen_jax.text.control_tokens import Breaker, Marks
 from qwen_jax.text.template_engine import Template
@@ -31,8 +31,8 @@ CHATML = Template(
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if message.content is not string %}
-        {{- raise_exception('the content of each message must be text') }}
+    {%- if message.content is not defined %}
+        {{- raise_exception('each message needs content') }}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -154,7 +154,8 @@ def render_chat(
     Args:
       templates: of the checkpoint.
       messages: dicts with `role` and whatever the template reads (`content`, `tool_calls`,
-        `reasoning_content`...). Keys whose value is None count as absent.
+        `reasoning_content`...). Keys whose value is None count as absent. Parts of a `content`, all
+        of type text, are put together, where templates for text would write nothing.
       tools: JSON schemas of functions, None for no tools.
       add_generation_prompt: whether to open the assistant's next turn.
       named_tokens: variables such as eos_token.
@@ -170,11 +171,40 @@ def render_chat(
     return template_engine.render(program, template, {**(named_tokens or {}), **variables})
 
 
+def encode_chat(
+    templates: ChatTemplates,
+    messages: Sequence[Mapping[str, Any]],
+    added_tokens: Sequence[AddedToken],
+    encode: Callable[[str], list[int]],
+    encode_plain: Callable[..., list[int]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    named_tokens: Mapping[str, str] | None = None,
+    template_variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The conversation as ids, where control tokens in anybody's words are control ids.
+
+    Arguments as in `encode_chat_safely`; `encode` gives the ids of text with control tokens.
+
+    Raises:
+      UserError: as `render_chat`.
+    """
+    text = render_chat(
+        templates, messages, tools, add_generation_prompt, named_tokens, template_variables
+    )
+    if templates.choose(tools) is not CHATML:
+        return encode(text)
+    tokens, marks = [token.content for token in added_tokens], control_tokens.choose_marks([text])
+    return control_tokens.encode_marked(
+        text, added_tokens, tokens, marks, _head_apart(encode_plain)
+    )
+
+
 def encode_chat_safely(
     templates: ChatTemplates,
     messages: Sequence[Mapping[str, Any]],
     added_tokens: Sequence[AddedToken],
-    encode_plain: Any,
+    encode_plain: Callable[..., list[int]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     named_tokens: Mapping[str, str] | None = None,
@@ -258,7 +288,10 @@ def _variables(
 
 
 def _head_apart(encode_plain: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    """Encodes a role, the line end behind it and the words each alone: no token spans two."""
+    """Encodes a role, the line end behind it and the words each alone, as Qwen1's code does.
+
+    No token spans two of them, as one may where the words begin with a line end.
+    """
 
     def encode(text: str, continues: bool) -> list[int]:
         ids: list[int] = []
@@ -287,10 +320,28 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(message.get("role"), str):
             raise UserError(f"messages[{index}]: needs a role such as 'user', as text")
         plain = _plain(message, f"messages[{index}]")
-        checked.append(
-            _with_reasoning({key: value for key, value in plain.items() if value is not None})
-        )
+        plain = {key: value for key, value in plain.items() if value is not None}
+        if "content" in plain:
+            plain["content"] = _content_text(plain["content"], f"messages[{index}]: content")
+        checked.append(_with_reasoning(plain))
     return checked
+
+
+def _content_text(content: Any, place: str) -> str:
+    """The text of a content that may come in parts, which templates for text leave out unsaid."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise UserError(f"{place} = {shown(content)} should be text, or a list of parts of text")
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise UserError(
+                f"{place}[{index}]: {shown(kind)} is not read; give parts of type text, with text"
+            )
+        if not isinstance(part.get("text"), str):
+            raise UserError(f"{place}[{index}]: a part of type text needs text")
+    return "".join(part["text"] for part in content)
 
 
 def _checked_tools(tools: Any) -> list[dict[str, Any]] | None:

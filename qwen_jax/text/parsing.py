@@ -200,26 +200,32 @@ class ReplyParser:
         return True
 
     def _reason(self, final: bool) -> Iterator[Event]:
-        found, text = self._until(THINK_CLOSE, final)
+        found, text = self._until((THINK_CLOSE,), final)
         yield from self._spaced(Reasoning, text)
         if found:
             self._state, self._after_tag, self._newlines = "content", True, ""
             self._text = self._text[len(THINK_CLOSE) :]
-        return found
+        return bool(found)
 
     def _write(self, final: bool) -> Iterator[Event]:
-        found, text = self._until(_CALL_OPEN, final)
+        found, text = self._until((_CALL_OPEN, _CALL_CLOSE), final)
         yield from self._spaced(Content, text)
-        if found:
+        if found == _CALL_OPEN:
             self._state, self._searched = "call", len(_CALL_OPEN)
-        return found
+        elif found:
+            self._text = self._text[len(found) :]
+            yield from self._spaced(Content, found)
+            yield Problem(f"{found} stands without {_CALL_OPEN}; what it ends is content", "")
+        return bool(found)
 
-    def _until(self, tag: str, final: bool) -> tuple[bool, str]:
-        """Takes the text before the tag, or all that can't be a part of one."""
-        end = self._text.find(tag)
-        found = end >= 0
-        if not found:
-            end = len(self._text) if final else len(self._text) - _overlap(self._text, tag)
+    def _until(self, tags: tuple[str, ...], final: bool) -> tuple[str, str]:
+        """The first of the tags and the text before it; or no tag and all that can't begin one."""
+        places = {self._text.find(tag): tag for tag in tags}
+        end = min((place for place in places if place >= 0), default=None)
+        found = "" if end is None else places[end]
+        if end is None:
+            kept = 0 if final else max(_overlap(self._text, tag) for tag in tags)
+            end = len(self._text) - kept
         text, self._text = self._text[:end], self._text[end:]
         return found, text
 

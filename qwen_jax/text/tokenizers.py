@@ -9,6 +9,7 @@ from typing import Any
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import (
     ChatTemplates,
+    encode_chat,
     encode_chat_safely,
     read_chat_templates,
     render_chat,
@@ -180,16 +181,13 @@ class Tokenizer:
             "named_tokens": self.config.named_tokens,
             "template_variables": template_variables,
         }
-        if tokenize and not allow_special:
-            return encode_chat_safely(
-                self.chat_templates,
-                messages,
-                self.vocabulary.added_tokens,
-                functools.partial(self.encode, allow_special=False),
-                **arguments,
-            )
-        text = render_chat(self.chat_templates, messages, **arguments)
-        return self.encode(text) if tokenize else text
+        if not tokenize:
+            return render_chat(self.chat_templates, messages, **arguments)
+        parts = (self.chat_templates, messages, self.vocabulary.added_tokens)
+        encode_plain = functools.partial(self.encode, allow_special=False)
+        if allow_special:
+            return encode_chat(*parts, self.encode, encode_plain, **arguments)
+        return encode_chat_safely(*parts, encode_plain, **arguments)
 
     def _named_id(self, name: str) -> int | None:
         token = self.config.named_tokens.get(name)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import qwen_jax
+from qwen_jax.nn.moe import Dispatch
 from tests.models.passes import (
     TOLERANCE,
     check_cached_pieces,
@@ -15,7 +16,7 @@ from tests.models.passes import (
     padding,
     random_ids,
 )
-from tests.reference import forget_lengths, random_reference, save_reference
+from tests.reference import forget_lengths, random_reference, reference_logits, save_reference
 
 FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 HYBRIDS = FAMILIES[2:]
@@ -264,3 +265,21 @@ def test_a_row_of_unknown_ids_leaves_the_others_alone(case):
     logits = np.asarray(model.apply({"params": params}, ids).logits)
     assert np.isnan(logits[0, 3:]).all()
     np.testing.assert_allclose(logits[1], expected[1], rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_runs_its_experts_in_the_way_that_it_is_given(tmp_path):
+    reference = random_reference("qwen3_moe", num_hidden_layers=2)
+    model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / "model"))
+    ids = random_ids(model, (2, 20))
+    expected = reference_logits(reference, ids)
+    for method in Dispatch:
+        room = 3.0 if method is Dispatch.CAPACITY else None
+        out = model.clone(dispatch=method, capacity_factor=room).apply({"params": params}, ids)
+        np.testing.assert_allclose(out.logits, expected, rtol=0, atol=TOLERANCE)
+    tight = model.clone(dispatch="capacity", capacity_factor=0.5).apply({"params": params}, ids)
+    assert np.abs(tight.logits - expected).max() > 0.01
+    for routing in tight.router:
+        # Half the places of an even share, of which an expert that few chose leaves some.
+        chosen = routing.counts.sum()
+        assert chosen / 2 <= routing.dropped < chosen
+        assert np.sum(routing.experts == model.config.moe.num_experts) == routing.dropped

@@ -372,20 +372,26 @@ def test_padding_is_not_counted_and_changes_no_real_token():
         np.testing.assert_array_equal(routing.counts, np.bincount(chosen.ravel(), minlength=6))
 
 
-def variables(jaxpr):
-    """The results of all equations, those of inner programs included."""
+def equations(jaxpr, loops=0):
+    """The equations of a program and of those inside of it, and how many loops each stands in."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for value in jax.tree.leaves(
+        parts = jax.tree.leaves(
             equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from variables(inner)
+        )
+        programs = [
+            part for part in (getattr(v, "jaxpr", v) for v in parts) if hasattr(part, "eqns")
+        ]
+        if not programs:
+            yield equation, loops
+        for program in programs:
+            yield from equations(program, loops + (equation.primitive.name == "while"))
 
 
-def largest(method, gradient):
-    """Elements of the largest array of any step, at 64 experts and 200 tokens."""
+def arrays(method, gradient):
+    """(elements, the operation's name, loops it stands in) of each array that a step makes.
+
+    Of 64 experts and 200 tokens.
+    """
     spec = MoeSpec((0,), 64, 2, 5, True)
     x, experts = jnp.ones((200, 6)), {"gate_proj": jnp.ones((64, 5, 6))}
     experts |= {"up_proj": experts["gate_proj"], "down_proj": jnp.ones((64, 6, 5))}
@@ -396,15 +402,27 @@ def largest(method, gradient):
 
     function = jax.grad(loss, argnums=(0, 1, 2)) if gradient else loss
     jaxpr = jax.make_jaxpr(function)(x, routing.weights, experts)
-    return max(np.prod(aval.shape, dtype=int) for aval in variables(jaxpr.jaxpr))
+    for equation, loops in equations(jaxpr.jaxpr):
+        for variable in equation.outvars:
+            elements = np.prod(variable.aval.shape, dtype=int)
+            yield elements, equation.primitive.name, loops
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_blocks_hold_nothing_of_size_experts_times_tokens(gradient):
     for method in BLOCKS:
         # The largest array is that of the weights' gradient, or of the tokens.
-        assert largest(method, gradient) == (64 * 5 * 6 if gradient else 200 * 6)
-    assert largest(Dispatch.DENSE, gradient) >= 64 * 200 * 6
+        largest = max(elements for elements, _, _ in arrays(method, gradient))
+        assert largest == (64 * 5 * 6 if gradient else 200 * 6)
+    assert max(arrays(Dispatch.DENSE, gradient))[0] >= 64 * 200 * 6
+
+
+@pytest.mark.parametrize("method", BLOCKS)
+def test_a_block_writes_the_gradient_of_one_expert_only(method):
+    """Not those of all experts, zero but for one, to be added up."""
+    in_loops = [(n, name) for n, name, loops in arrays(method, gradient=True) if loops]
+    whole = {name for n, name in in_loops if n == 64 * 5 * 6}
+    assert whole == {"dynamic_update_slice"}
 
 
 def temporaries(E, gradient):
@@ -503,7 +521,11 @@ def test_a_leaf_may_be_a_pytree_with_integers(method, monkeypatch):
     ],
 )
 def test_the_default_gathers_until_experts_repeat_and_never_drops(num_tokens, platform, expected):
-    assert choose_dispatch(num_tokens, MoeSpec((0,), 128, 8, F, True), platform) is expected
+    spec = MoeSpec((0,), 128, 8, F, True)
+    assert choose_dispatch(num_tokens, spec, platform) is expected
+    # Experts in few bits are not unpacked all at once.
+    unpacks_few = Dispatch.SORTED if expected is Dispatch.RAGGED else expected
+    assert choose_dispatch(num_tokens, spec, platform, packed=True) is unpacks_few
 
 
 def test_the_module_declares_published_names_and_trains_under_jit():

@@ -1,6 +1,7 @@
 import dataclasses
 import enum
 import json
+import re
 import unicodedata
 
 import pytest
@@ -145,8 +146,51 @@ def test_a_checkpoint_without_template_gets_chatml(qwen1, qwen3):
         )
         with pytest.raises(UserError, match="no template for tools"):
             tokenizer.apply_chat_template(messages, tools=TOOLS)
-        with pytest.raises(UserError, match="content of each message must be text"):
-            tokenizer.apply_chat_template([{"role": "user", "content": ["x"]}])
+        with pytest.raises(UserError, match="each message needs content"):
+            tokenizer.apply_chat_template([{"role": "user"}])
+
+
+@pytest.mark.parametrize("allow_special", [True, False])
+@pytest.mark.parametrize("content", ["\nhi", "\n", "hi\n", "\n\nx\n\n", "a\n\nb", " x", ""])
+def test_chatml_encodes_role_line_end_and_words_apart(qwen1, content, allow_special):
+    """As the code of Qwen1 does: `\\n` would be one token with the line ends behind it."""
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": "x"}]
+    ids = qwen1.apply_chat_template(messages, allow_special=allow_special)
+    encode, expected = qwen1.vocabulary.encoding.encode_ordinary, []
+    for message in messages:
+        expected += [
+            151644,
+            *encode(message["role"]),
+            198,
+            *encode(message["content"]),
+            151645,
+            198,
+        ]
+    assert ids == expected
+
+
+def test_a_content_in_parts_of_text_is_their_text(qwen3):
+    tokenizer = with_template(qwen3, chat_templates.QWEN3)
+    parts = [{"type": "text", "text": "please "}, {"type": "text", "text": "read this"}]
+    written = tokenizer.apply_chat_template([{"role": "user", "content": parts}])
+    whole = [{"role": "user", "content": "please read this"}]
+    assert written == tokenizer.apply_chat_template(whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (5, "content = 5 should be text, or a list of parts of text"),
+        ({"text": "x"}, 'content = {"text": "x"} should be text'),
+        (["x"], r'content[0]: "x" is not read; give parts of type text'),
+        ([{"type": "text", "text": "x"}, {"type": "image"}], 'content[1]: "image" is not read'),
+        ([{"type": "text"}], "content[0]: a part of type text needs text"),
+    ],
+)
+def test_a_content_that_no_template_for_text_writes_is_refused(qwen3, content, message):
+    tokenizer = with_template(qwen3, chat_templates.QWEN3)
+    with pytest.raises(UserError, match=re.escape(f"messages[0]: {message}")):
+        tokenizer.apply_chat_template([{"role": "user", "content": content}])
 
 
 def set_config(directory, **fields):

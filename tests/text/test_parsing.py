@@ -308,6 +308,18 @@ def test_a_call_that_is_cut_off_is_reported_whole(end):
         assert reply.problems[0].reason == "the tool call was cut off: no </tool_call>"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [CODER_CALL.removeprefix("<tool_call>\n"), "Look: " + HERMES.removeprefix("<tool_call>")],
+)
+def test_a_call_without_its_opening_tag_is_content_and_reported(text):
+    assert parse_reply(text + "\nbye") == Reply(
+        reasoning=None,
+        content=text + "\nbye",
+        problems=(Problem("</tool_call> stands without <tool_call>; what it ends is content", ""),),
+    )
+
+
 def test_a_word_about_the_tag_is_content():
     text = "Write <tool_call> first.\nThen go on."
     assert parse_reply(text) == Reply(None, text)
