@@ -216,6 +216,11 @@ class Decoder(nn.Module):
         if not config.mtp_layers:
             raise ValueError("the model has no head for the token after the next (mtp_layers = 0)")
         ids, mask, positions = _checked(next_ids, attention_mask, positions)
+        if jnp.shape(hidden_states) != (*ids.shape, config.hidden_size):
+            raise ValueError(
+                f"hidden_states has shape {jnp.shape(hidden_states)}, where next_ids of shape "
+                f"{ids.shape} need {(*ids.shape, config.hidden_size)}"
+            )
         if cache is None:
             cache_after, layer_cache = None, None
             tokens = _place(config, ids, mask, positions)
@@ -388,7 +393,11 @@ def _checked(
         raise ValueError(f"input_ids are {ids.dtype}; give integers, the ids of tokens")
     ids = ids.astype(jnp.int32)
     mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-    return ids, mask, None if positions is None else jnp.asarray(positions, jnp.int32)
+    positions = None if positions is None else jnp.asarray(positions, jnp.int32)
+    for name, array in (("attention_mask", mask), ("positions", positions)):
+        if array is not None and array.shape != ids.shape:
+            raise ValueError(f"{name} has shape {array.shape}, the token ids {ids.shape}")
+    return ids, mask, positions
 
 
 def _tokens(

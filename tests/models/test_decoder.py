@@ -180,6 +180,15 @@ def test_ids_that_are_none_are_refused(small, ids, message):
         model.apply({"params": params}, ids)
 
 
+def test_masks_and_positions_of_another_shape_are_refused(small):
+    model, params = small
+    ids = [[1, 2, 3], [4, 5, 6]]
+    for name in ("attention_mask", "positions"):
+        for value in (np.ones((1, 3), int), np.ones((2, 4), int), np.ones(3, int)):
+            with pytest.raises(ValueError, match=f"{name} has shape .*, the token ids "):
+                model.apply({"params": params}, ids, **{name: value})
+
+
 def test_a_model_without_the_head_for_the_token_after_says_so(small):
     model, params = small
     with pytest.raises(ValueError, match=r"no head for the token after the next"):

@@ -242,6 +242,15 @@ def test_embedding_and_hidden_state_do_not_commute(sparse):
     assert (other(hidden, next_ids) - rendering(hidden, next_ids)).abs().max() > 0.5
 
 
+def test_hidden_states_of_another_shape_than_the_ids_are_refused(sparse):
+    hidden = np.zeros((1, 3, sparse.model.config.hidden_size))
+    for wrong, ids in ((hidden, [[1, 2, 3, 4]]), ((hidden,), [[1, 2, 3]]), (hidden[0], [[1, 2]])):
+        with pytest.raises(
+            ValueError, match=r"hidden_states has shape .*, where next_ids of shape"
+        ):
+            sparse.predict(wrong, ids)
+
+
 def test_the_head_leaves_the_main_model_alone(case):
     ids = random_ids(case.model, (2, 19))
     out = case.model.apply({"params": case.params}, ids)
