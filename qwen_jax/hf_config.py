@@ -165,7 +165,8 @@ _OF_PICTURES = frozenset(
 """.split()
 )
 
-# How an architecture's name ends -> what reads the final hidden states.
+# How an architecture's name ends -> what reads the final hidden states. With "Text" in front it is
+# of a text tower alone.
 _HEADS = {
     "ForCausalLM": HeadKind.VOCABULARY,
     "ForConditionalGeneration": HeadKind.VOCABULARY,
@@ -173,12 +174,20 @@ _HEADS = {
     "TextModel": HeadKind.NONE,
     "ForSequenceClassification": HeadKind.SCORE,
     "ForTokenClassification": HeadKind.SCORE_WITH_BIAS,
+    "TextForSequenceClassification": HeadKind.SCORE,
+    "TextForTokenClassification": HeadKind.SCORE_WITH_BIAS,
     "ForRewardModel": HeadKind.TWO_LAYER_SCORE,
     "ForProcessRewardModel": HeadKind.TWO_LAYER_SCORE,
 }
 
 # Labels of the heads whose code has the number in it.
 _FIXED_LABELS = {"ForRewardModel": 1, "ForProcessRewardModel": 2}
+
+# Fields where the whole of a vision-language model decides, whatever its text tower says.
+_OF_THE_WHOLE = ("tie_word_embeddings", "id2label", "label2id", "num_labels")
+
+# A file beside config.json, with the `sparse_attention_config` of engines that prefill sparsely.
+_SPARSE_PATTERN = "sparse_attention_config.json"
 
 # Fields with one value that the decoder computes; any other is a mechanism it does not have.
 _ONLY = {
@@ -210,13 +219,17 @@ _WHY_REFUSED = dict.fromkeys(
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Reads `directory/config.json`.
+    """Reads `directory/config.json`, and that a pattern of sparse attention lies beside it.
 
     Raises:
       UserError: absent or broken file, unknown `model_type`, or a field that is not honoured.
     """
     path = Path(directory) / "config.json"
-    return read_hf_config(read_json_object(path), str(path))
+    raw = read_json_object(path)
+    dual = raw.get("dual_chunk_attention_config")
+    if dual and isinstance(dual, dict) and path.with_name(_SPARSE_PATTERN).is_file():
+        raw["dual_chunk_attention_config"] = dual | {"sparse_attention_config": _SPARSE_PATTERN}
+    return read_hf_config(raw, str(path))
 
 
 def read_hf_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
@@ -254,8 +267,7 @@ def _text_tower(fields: Fields) -> Fields:
         outer = fields.values.get(name)
         if outer is not None and inner.get(name) is None:
             inner[name] = outer
-    # The whole model's field decides, whatever the tower's says.
-    inner["tie_word_embeddings"] = fields.values.get("tie_word_embeddings", False)
+    inner |= {name: fields.values.get(name) for name in _OF_THE_WHOLE}
     outer = {k: v for k, v in fields.values.items() if k not in inner and k not in _OF_PICTURES}
     _refuse_leftovers(Fields(outer, fields.source))
     return Fields(inner, f"{fields.source}: text_config")
@@ -339,8 +351,9 @@ def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
     if not architectures:
         return HeadKind.VOCABULARY, 0
     ending = architectures[0].removeprefix(stem)
-    if len(architectures) > 1 or ending not in _HEADS or not architectures[0].startswith(stem):
-        known = ", ".join(stem + ending for ending in _HEADS)
+    endings = _endings(family)
+    if len(architectures) > 1 or ending not in endings or not architectures[0].startswith(stem):
+        known = ", ".join(stem + ending for ending in endings)
         raise fields.refuse("architectures", architectures, f"for {family}, known: {known}")
     head = _HEADS[ending]
     if head in (HeadKind.VOCABULARY, HeadKind.NONE):
@@ -351,6 +364,14 @@ def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
     if num_labels < 1:
         raise fields.refuse("num_labels", num_labels, "at least 1 is needed")
     return head, num_labels
+
+
+def _endings(family: str) -> list[str]:
+    """How names of a family's architectures may end; of those of a head, the first is written."""
+    whole = [ending for ending in _HEADS if not ending.startswith("Text")]
+    if family not in _TEXT_TOWERS.values():
+        return whole
+    return [ending for ending in _HEADS if ending not in whole] + whole
 
 
 def _read_biases(fields: Fields, family: str, bias: _Bias) -> tuple[bool, bool]:
@@ -451,8 +472,8 @@ def _read_dual_chunk(fields: Fields) -> DualChunkSpec | None:
     inner.take("sparse_attention_last_q", "integer")
     if inner.take("sparse_attention_enabled", "boolean", sparse_config is not None):
         warnings.warn(
-            f"{inner.source}: sparse_attention_enabled asks for approximate attention in long "
-            "prompts; attention is exact here",
+            f"{inner.source}: sparse_attention_enabled, true where a pattern is given and nothing "
+            "else is said, asks for approximate attention in long prompts; attention is exact here",
             stacklevel=2,
         )
     for name, value in inner.values.items():
@@ -705,8 +726,9 @@ def architecture(config: ModelConfig) -> str:
     """What config.json calls the class of `config` in `architectures`."""
     endings = [
         ending
-        for ending, head in _HEADS.items()
-        if head is config.head and _FIXED_LABELS.get(ending, config.num_labels) == config.num_labels
+        for ending in _endings(config.family)
+        if _HEADS[ending] is config.head
+        and _FIXED_LABELS.get(ending, config.num_labels) == config.num_labels
     ]
     if not endings:
         raise UserError(

@@ -12,7 +12,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from configs.models import get_preset
-from qwen_jax.config import LayerKind, ModelConfig, RopeKind, RopeSpec
+from qwen_jax.config import DualChunkSpec, LayerKind, ModelConfig, RopeKind, RopeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import load_config, read_hf_config, write_hf_config
 from qwen_jax.nn.rope import inverse_frequencies
@@ -632,6 +632,38 @@ def test_directory_in_the_place_of_the_file_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, True),
+        ({"sparse_attention_enabled": None, "sparse_attention_config": None}, True),
+        ({"sparse_attention_enabled": True}, True),
+        ({"sparse_attention_enabled": False}, False),
+    ],
+)
+def test_a_pattern_of_sparse_attention_beside_the_file_asks_for_it(said, told, tmp_path):
+    sizes = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    raw = published("Qwen2.5-7B-Instruct") | {"dual_chunk_attention_config": sizes | said}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+
+    def notices():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert load_config(tmp_path).dual_chunk == DualChunkSpec(262144, 8192, 262144)
+        return [str(warning.message) for warning in caught]
+
+    assert bool(notices()) is bool(said.get("sparse_attention_enabled"))
+    # A list with an object for each layer.
+    (tmp_path / "sparse_attention_config.json").write_text("[]")
+    assert ["attention is exact here" in notice for notice in notices()] == [True] * told
+
+
+def test_a_pattern_of_sparse_attention_says_nothing_to_plain_attention(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published("Qwen2.5-7B-Instruct")))
+    (tmp_path / "sparse_attention_config.json").write_text("[]")
+    assert load_config(tmp_path) == read_hf_config(published("Qwen2.5-7B-Instruct"))
 
 
 @pytest.mark.parametrize(

@@ -631,6 +631,18 @@ def test_the_whole_model_s_ids_and_dtype_stand_in_for_a_tower_s():
     assert ours.dtype == "float16"
 
 
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("of_the_whole", [3, None])
+def test_the_whole_model_s_labels_are_those_of_its_head(head, of_the_whole):
+    raw = published(DENSE) | {"architectures": [f"Qwen3_5{head}"]}
+    raw["text_config"]["id2label"] = {str(i): f"inner {i}" for i in range(5)}
+    if of_the_whole is not None:
+        raw["id2label"] = {str(i): f"outer {i}" for i in range(of_the_whole)}
+        raw["label2id"] = {label: int(i) for i, label in raw["id2label"].items()}
+    theirs = transformers.Qwen3_5Config.from_dict(raw)
+    assert read_hf_config(raw).num_labels == theirs.num_labels == (of_the_whole or 2)
+
+
 def test_a_second_name_for_the_number_of_experts():
     raw = published(QWEN3)
     raw["num_local_experts"] = raw.pop("num_experts")

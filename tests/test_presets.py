@@ -330,7 +330,7 @@ def test_transformers_reads_the_same_numbers_from_the_written_config(name):
 @EVERY
 def test_end_of_text_belongs_to_the_vocabulary_and_to_the_kind_of_model(name):
     config = PRESETS[name]
-    chats = ("-chat", "-instruct", "-2507", "qwq-", "-rm-", "-prm-")
+    chats = ("-chat", "-instruct", "-2507", "qwq-", "-rm-", "-prm", "guard")
     is_chat = any(part in name for part in chats)
     is_chat |= name.startswith("qwen3-") and not name.endswith("-base")
     is_chat &= name != "qwen3-embedding-0.6b"
@@ -340,7 +340,7 @@ def test_end_of_text_belongs_to_the_vocabulary_and_to_the_kind_of_model(name):
     elif name.startswith("qwen3.5-"):
         assert (config.bos_token_id, config.eos_token_ids) == (None, (248044,))
     else:
-        coder = name.startswith("qwen3-coder-") and name != "qwen3-coder-next"
+        coder = name.startswith("qwen3-coder-") and "-next" not in name
         assert config.bos_token_id == (None if coder else base)
         assert config.eos_token_ids == ((chat,) if is_chat else (base,))
     assert max(config.eos_token_ids, default=0) < config.vocab_size

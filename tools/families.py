@@ -4,7 +4,8 @@
     python -m tools.families --check   # exit status 1 where README.md has another one
     python -m tools.families --write   # puts it into README.md
 
-Released sizes are those of the presets. Nothing is run: a test counts if its file defines it.
+Released sizes are those of the presets. Nothing is run: a test counts if its file defines it. That
+it runs for the family's model_type is a test of its own, in tests/tools/test_families.py.
 """
 
 import ast
@@ -39,6 +40,7 @@ class Family:
       cache: tests that decoding with a cache gives the same.
       export: tests that what is written is what was read.
       quantised: tests that packed weights give the logits of what they stand for.
+      model_type: that those of the tests that run for several must run for; empty for none.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Family:
     cache: Sequence[str]
     export: Sequence[str]
     quantised: Sequence[str]
+    model_type: str = ""
 
 
 _DENSE = {
@@ -87,17 +90,24 @@ FAMILIES = (
             "test_fused_projections_and_the_zero_biases_beside_them"
         ],
     ),
-    Family("CodeQwen1.5", r"(?P<line>codeqwen1\.5)-(?P<size>7b)(-chat)?", **_DENSE),
+    Family(
+        "CodeQwen1.5",
+        r"(?P<line>codeqwen1\.5)-(?P<size>7b)(-chat)?",
+        **_DENSE,
+        model_type="qwen2",
+    ),
     Family(
         "Qwen1.5, Qwen2, Qwen2.5, QwQ",
         r"(?P<line>qwen(1\.5|2|2\.5)(-coder|-math)?|qwq)-(?P<size>[\d.]+b)"
         r"(-chat|-instruct|-preview)?",
         **_DENSE,
+        model_type="qwen2",
     ),
     Family(
         "Qwen1.5-MoE, Qwen2-57B",
         r"(?P<line>qwen1\.5-moe|qwen2)-(?P<size>a2\.7b|57b-a14b)(-chat|-instruct)?",
         **_SPARSE_OR_HYBRID,
+        model_type="qwen2_moe",
     ),
     Family(
         "Qwen2.5-1M",
@@ -105,14 +115,20 @@ FAMILIES = (
         logits=[
             "tests/nn/test_dual_chunk.py::test_equals_the_position_rules_pair_by_pair",
             "tests/models/test_dual_chunk.py::test_inside_a_chunk_the_reference_s_plain_attention",
+            "tests/models/test_dual_chunk.py::"
+            "test_a_full_pass_over_many_chunks_equals_the_formulas",
         ],
-        cache=["tests/models/test_dual_chunk.py::test_cached_decode_equals_one_full_pass"],
+        cache=[
+            "tests/models/test_dual_chunk.py::"
+            "test_padded_rows_and_cached_decode_equal_the_formulas"
+        ],
         export=[*_DENSE["export"], "tests/test_presets.py::test_config_json_round_trip"],
         quantised=_DENSE["quantised"],
     ),
     Family(
-        "Qwen2.5-Math reward models",
-        r"(?P<line>qwen2\.5-math-p?rm)-(?P<size>[\d.]+b)",
+        "reward models",
+        r"(?P<line>qwen2(\.5)?-math-p?rm|qwen2\.5-math-7b-prm800k|worldpm)"
+        r"(-(?P<size>72b|7b)(-helpsteer2|-rlhflow|-ultrafeedback)?)?",
         logits=["tests/models/test_heads.py::test_the_two_layer_head_equals_linear_relu_linear"],
         cache=[],
         export=[
@@ -121,9 +137,10 @@ FAMILIES = (
         quantised=[],
     ),
     Family(
-        "Qwen3",
-        r"(?P<line>qwen3)-(?P<size>[\d.]+b)(-base|(-instruct|-thinking)-2507)?",
+        "Qwen3, Qwen3Guard-Gen",
+        r"(?P<line>qwen3(guard-gen)?)-(?P<size>[\d.]+b)(-base|-saferl|(-instruct|-thinking)-2507)?",
         **_DENSE,
+        model_type="qwen3",
     ),
     Family(
         "Qwen3-Embedding, Qwen3-Reranker",
@@ -138,20 +155,31 @@ FAMILIES = (
             "tests/models/test_heads.py::test_a_bare_model_as_transformers_saves_it",
         ],
         quantised=_DENSE["quantised"],
+        model_type="qwen3",
     ),
     Family(
         "Qwen3-MoE",
         r"(?P<line>qwen3(-coder)?)-(?P<size>\d+b-a\d+b)(-base|(-instruct|-thinking)(-2507)?)?",
         **_SPARSE_OR_HYBRID,
+        model_type="qwen3_moe",
     ),
     Family(
         "Qwen3-Next",
-        r"(?P<line>qwen3(-coder)?-next)(-(?P<size>80b-a3b)(-instruct|-thinking))?",
+        r"(?P<line>qwen3(-coder)?-next)(-base|-(?P<size>80b-a3b)(-instruct|-thinking))?",
         **_SPARSE_OR_HYBRID,
+        model_type="qwen3_next",
     ),
-    Family("Qwen3.5", r"(?P<line>qwen3\.5)-(?P<size>[\d.]+b)(-base)?", **_SPARSE_OR_HYBRID),
     Family(
-        "Qwen3.5-MoE", r"(?P<line>qwen3\.5)-(?P<size>\d+b-a\d+b)(-base)?", **_SPARSE_OR_HYBRID
+        "Qwen3.5",
+        r"(?P<line>qwen3\.5)-(?P<size>[\d.]+b)(-base)?",
+        **_SPARSE_OR_HYBRID,
+        model_type="qwen3_5_text",
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        r"(?P<line>qwen3\.5)-(?P<size>\d+b-a\d+b)(-base)?",
+        **_SPARSE_OR_HYBRID,
+        model_type="qwen3_5_moe_text",
     ),
     Family(
         "classifiers of texts and tokens",
@@ -173,7 +201,8 @@ FAMILIES = (
 
 # Parts of a name that are not spelled with a capital alone.
 _SPELLED = {
-    "codeqwen1.5": "CodeQwen1.5", "moe": "MoE", "prm": "PRM", "qwq": "QwQ", "rm": "RM"
+    "7b": "7B", "codeqwen1.5": "CodeQwen1.5", "moe": "MoE", "prm": "PRM", "prm800k": "PRM800K",
+    "qwen3guard": "Qwen3Guard", "qwq": "QwQ", "rm": "RM", "worldpm": "WorldPM",
 }  # fmt: skip
 
 

@@ -7,13 +7,14 @@ models were trained at 4096 positions with the rotary base of 1e4. 57B-A14B is t
 experts and a shared one in every layer.
 
 Unsure, so compare with the checkpoint's own `config.json`: the settings of Qwen2-Math, taken from
-Qwen2.5-Math, which has the same shapes; there the `rms_norm_eps` of 72B-Instruct is a guess.
+Qwen2.5-Math, which has the same shapes; there the `rms_norm_eps` of 72B-Instruct is a guess. The
+reward model, RM-72B, reads the hidden states with two layers.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qwen_jax.config import LayerKind, ModelConfig, MoeSpec, RopeSpec
+from qwen_jax.config import HeadKind, LayerKind, ModelConfig, MoeSpec, RopeSpec
 
 _FULL = LayerKind.FULL_ATTENTION
 
@@ -102,4 +103,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen2-math-7b-instruct": math(instruct(QWEN2_7B)),
     "qwen2-math-72b": math(QWEN2_72B),
     "qwen2-math-72b-instruct": math(instruct(QWEN2_72B)),
+    "qwen2-math-rm-72b": replace(
+        math(instruct(QWEN2_72B)), head=HeadKind.TWO_LAYER_SCORE, num_labels=1
+    ),
 }

@@ -1,4 +1,4 @@
-"""Qwen2.5, Qwen2.5-Coder, Qwen2.5-Math (September to November 2024), and QwQ (to March 2025).
+"""Qwen2.5, Qwen2.5-Coder, Qwen2.5-Math (September to November 2024), QwQ, WorldPM (to May 2025).
 
 0.5B, 1.5B, 7B and 72B have the shapes of Qwen2; 3B, 14B and 32B are new, and QwQ is a 32B. Shapes
 and settings from the published `config.json` files, as quoted in public code and logs. The bases
@@ -8,11 +8,12 @@ Unsure, so compare with the checkpoint's own `config.json`:
   * `rms_norm_eps` of Coder-14B-Instruct, Coder-32B-Instruct and Math-72B-Instruct, taken from the
     general instruction models of those sizes;
   * `max_position_embeddings` of QwQ-32B: public quotations have both 131072 and 40960;
-  * the reward models: all but their shapes and heads, taken from Math-Instruct; in particular
-    `pad_token_id`, after which a text's last token is sought.
+  * the reward models: all but their shapes and heads, taken from Math-Instruct, for WorldPM from
+    the base of 72B; in particular `pad_token_id`, after which a text's last token is sought.
 
 The 1M variants attend in chunks beyond 262144 positions. A reward model reads the hidden states
-with two layers: one score for a text (RM), or two logits for each step of a solution (PRM).
+with two layers: one score for a text (RM, WorldPM), or two logits for each step of a solution
+(PRM). WorldPM was trained with an empty system message.
 """
 
 from collections.abc import Mapping
@@ -65,6 +66,15 @@ def _1m(instruction: ModelConfig) -> ModelConfig:
     )
 
 
+# The preference model, and what became of it on three sets of comparisons.
+_WORLD_PM = (
+    "worldpm-72b",
+    "worldpm-72b-helpsteer2",
+    "worldpm-72b-rlhflow",
+    "worldpm-72b-ultrafeedback",
+)
+
+
 def _reward(base: ModelConfig, num_labels: int) -> ModelConfig:
     return replace(math(instruct(base)), head=HeadKind.TWO_LAYER_SCORE, num_labels=num_labels)
 
@@ -105,8 +115,10 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen2.5-7b-instruct-1m": _1m(instruct(_7B)),
     "qwen2.5-14b-instruct-1m": _1m(instruct(_14B)),
     "qwen2.5-math-rm-72b": _reward(_72B, 1),
+    "qwen2.5-math-7b-prm800k": _reward(_7B, 2),
     "qwen2.5-math-prm-7b": _reward(_7B, 2),
     "qwen2.5-math-prm-72b": _reward(_72B, 2),
     "qwq-32b-preview": replace(_QWQ, max_position_embeddings=32768),
     "qwq-32b": _QWQ,
+    **dict.fromkeys(_WORLD_PM, replace(_72B, head=HeadKind.TWO_LAYER_SCORE, num_labels=1)),
 }

@@ -1,4 +1,4 @@
-"""Qwen3 (April 2025), its refresh of July 2025, Qwen3-Coder, Qwen3-Embedding and Reranker.
+"""Qwen3 (April 2025), its refresh of July 2025, Coder, Embedding, Reranker, Guard-Gen and SafeRL.
 
 QK-norm, no biases, heads of 128; 30B, 235B and 480B have experts in every layer and no shared one.
 
@@ -12,7 +12,9 @@ where the head is not the input table, as in 8B.
 Unsure, so compare with the checkpoint's own `config.json`:
   * `max_position_embeddings` of the dense bases, which some tables give as 40960;
   * `max_position_embeddings` and `eos_token_ids` of the rerankers and larger embedders;
-  * `aux_loss_coef` of the refresh, taken from the models of April.
+  * `aux_loss_coef` of the refresh, taken from the models of April;
+  * `max_position_embeddings` and `eos_token_ids` of Guard-Gen and 4B-SafeRL, tuned from the models
+    of April.
 """
 
 from collections.abc import Mapping
@@ -121,6 +123,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen3-4b-base": _base(_4B),
     "qwen3-4b-instruct-2507": _4B_2507,
     "qwen3-4b-thinking-2507": _4B_2507,
+    "qwen3-4b-saferl": _4B,
     "qwen3-8b": _8B,
     "qwen3-8b-base": _base(_8B),
     "qwen3-14b": _14B,
@@ -141,4 +144,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen3-reranker-0.6b": replace(_0_6B, vocab_size=151669),
     "qwen3-reranker-4b": replace(_4B, vocab_size=151669),
     "qwen3-reranker-8b": replace(_8B, vocab_size=151669),
+    "qwen3guard-gen-0.6b": replace(_0_6B, max_position_embeddings=32768),
+    "qwen3guard-gen-4b": replace(_4B, max_position_embeddings=32768),
+    "qwen3guard-gen-8b": replace(_8B, max_position_embeddings=32768),
 }

@@ -4,6 +4,9 @@ Three layers of the gated delta rule, then one of gated attention; 512 experts a
 every layer. Shapes and settings from the model cards and public copies of the `config.json` files.
 The checkpoints of Qwen3-Next also hold a head that predicts the token after the next, 1.65B
 parameters that the card's 80B leaves out. So do these presets: `config.json` does not tell of it.
+
+Unsure, so compare with the checkpoint's own `config.json`: `eos_token_ids` of Coder-Next-Base,
+taken from the other bases.
 """
 
 from collections.abc import Mapping
@@ -53,8 +56,11 @@ _80B_A3B = ModelConfig(
     eos_token_ids=(151645,),
 )
 
+_CODER = replace(_80B_A3B, rope=RopeSpec(theta=5e6, partial_rotary_factor=0.25))
+
 PRESETS: Mapping[str, ModelConfig] = {
     "qwen3-next-80b-a3b-instruct": _80B_A3B,
     "qwen3-next-80b-a3b-thinking": _80B_A3B,
-    "qwen3-coder-next": replace(_80B_A3B, rope=RopeSpec(theta=5e6, partial_rotary_factor=0.25)),
+    "qwen3-coder-next": _CODER,
+    "qwen3-coder-next-base": replace(_CODER, eos_token_ids=(151643,)),
 }

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.config import DualChunkSpec
+from qwen_jax.hf_config import load_config
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.cache import init_cache
 from tests.reference import random_reference, reference_logits, save_reference
+from tests.renderings.dual_chunk import DualChunkModel
 
 TOLERANCE = 1e-4
 
@@ -27,6 +30,10 @@ def with_chunks(model, *sizes):
     return Decoder(dataclasses.replace(model.config, dual_chunk=DualChunkSpec(*sizes)))
 
 
+def rendering(reference, *sizes):
+    return DualChunkModel(reference.state_dict(), reference.config.to_dict(), *sizes)
+
+
 def random_ids(model, shape):
     return np.random.default_rng(0).integers(0, model.config.vocab_size, shape)
 
@@ -37,83 +44,78 @@ def test_inside_a_chunk_the_reference_s_plain_attention(plain):
     out = with_chunks(model, 50, 10, 64).apply({"params": params}, ids)
     expected = reference_logits(reference, ids)
     np.testing.assert_allclose(out.logits, expected, rtol=0, atol=TOLERANCE)
+    # So is the rendering that is the measure of longer texts.
+    alone = rendering(reference, 50, 10, 64)(ids[0], [40])
+    np.testing.assert_allclose(alone, expected[0], rtol=0, atol=TOLERANCE)
 
 
-def test_beyond_a_chunk_the_first_chunk_is_the_reference_s_and_the_rest_is_not(plain):
+# Also: nothing exact across the edge of a chunk, and chunks shorter than that.
+@pytest.mark.parametrize("sizes", [(24, 4, 16), (24, 4, 0), (12, 0, 16), (12, 9, 16)])
+def test_a_full_pass_over_many_chunks_equals_the_formulas(plain, sizes):
     reference, _, model, params = plain
     ids = random_ids(model, (2, 60))
-    out = np.asarray(with_chunks(model, 24, 4).apply({"params": params}, ids).logits)
-    expected = reference_logits(reference, ids)
-    np.testing.assert_allclose(out[:, :20], expected[:, :20], rtol=0, atol=TOLERANCE)
-    # Neighbours across the edge of a chunk keep their distance, up to local_size; others do not.
-    assert np.abs(out[:, 30:] - expected[:, 30:]).max() > 0.1
-
-
-@pytest.mark.parametrize("sizes", [(24, 4, 0), (12, 0, 0), (30, 10, 0)])
-def test_cached_decode_equals_one_full_pass(plain, sizes):
-    _, _, model, params = plain
-    model = with_chunks(model, *sizes)
-    ids = random_ids(model, (2, 60))
-    full = model.apply({"params": params}, ids).logits
-    cache = init_cache(model.config, 2, 64, np.float32)
-    apply = jax.jit(model.apply)
-    begin = 0
-    for end in (17, 41, *range(42, 61)):
-        out = apply({"params": params}, ids[:, begin:end], cache=cache)
-        np.testing.assert_allclose(out.logits, full[:, begin:end], rtol=0, atol=TOLERANCE)
-        cache, begin = out.cache, end
+    out = with_chunks(model, *sizes).apply({"params": params}, ids).logits
+    by_formulas = rendering(reference, *sizes)
+    for row, text in enumerate(ids):
+        np.testing.assert_allclose(out[row], by_formulas(text, [60]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_each_row_alone(plain, side):
-    """Past the trained length the scale of each row follows its own length."""
-    _, _, model, params = plain
-    model = with_chunks(model, 24, 4, 16)
-    lengths = [40, 27]
-    rows = [random_ids(model, (1, 40))[:, :n] for n in lengths]
-    ids, mask = np.zeros((2, 40), int), np.zeros((2, 40), int)
-    for row, text in enumerate(rows):
-        place = slice(40 - text.shape[1], None) if side == "left" else slice(text.shape[1])
-        ids[row, place], mask[row, place] = text[0], 1
+def test_padded_rows_and_cached_decode_equal_the_formulas(plain, side):
+    """Past the trained length each row's keys have the factor of the length at which they came.
+
+    The steps lead over an edge of chunks in both rows, in the second with several tokens a call.
+    """
+    reference, _, model, params = plain
+    sizes = 24, 4, 16
+    model, by_formulas = with_chunks(model, *sizes), rendering(reference, *sizes)
+    lengths, steps = (34, 19), (4, 1, 1, 1, 1, 1)
+    texts = [random_ids(model, 34 + sum(steps))[-(n + sum(steps)) :] for n in lengths]
+    ids, mask = np.zeros((2, 34), int), np.zeros((2, 34), int)
+    for row, n in enumerate(lengths):
+        place = slice(34 - n, None) if side == "left" else slice(n)
+        ids[row, place], mask[row, place] = texts[row][:n], 1
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
     out = model.apply({"params": params}, ids, mask, positions)
     cache = init_cache(model.config, 2, 48, np.float32)
-    cached = model.apply({"params": params}, ids, mask, positions, cache)
-    for row, text in enumerate(rows):
-        alone = model.apply({"params": params}, text).logits[0]
+    apply = jax.jit(model.apply)
+    cached = apply({"params": params}, ids, mask, positions, cache)
+    cache, decoded, done = cached.cache, [], 0
+    for step in steps:
+        new = np.stack([text[n + done :][:step] for n, text in zip(lengths, texts, strict=True)])
+        after = apply({"params": params}, new, cache=cache)
+        decoded.append(np.asarray(after.logits))
+        cache, done = after.cache, done + step
+    for row, n in enumerate(lengths):
+        expected = by_formulas(texts[row], [n, *steps])
+        real = mask[row].astype(bool)
         for logits in (out.logits, cached.logits):
-            kept = logits[row][mask[row].astype(bool)]
-            np.testing.assert_allclose(kept, alone, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(logits[row][real], expected[:n], rtol=0, atol=TOLERANCE)
+        after_prompt = np.concatenate(decoded, axis=1)[row]
+        np.testing.assert_allclose(after_prompt, expected[n:], rtol=0, atol=TOLERANCE)
 
 
-def test_longer_texts_sharpen_the_scores(plain):
-    _, _, model, params = plain
-    ids = random_ids(model, (1, 40))
-    logits = [
-        np.asarray(with_chunks(model, 24, 4, trained).apply({"params": params}, ids).logits)
-        for trained in (0, 40, 39, 10)
-    ]
-    np.testing.assert_array_equal(logits[0], logits[1])
-    assert 0 < np.abs(logits[2] - logits[0]).max() < np.abs(logits[3] - logits[0]).max()
-
-
-def test_config_json_says_it_and_sparse_prefill_is_dense_with_a_notice(plain, tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["in config.json", "beside config.json"])
+def test_config_json_says_it_and_sparse_prefill_is_dense_with_a_notice(plain, beside, tmp_path):
     _, directory, model, params = plain
     raw = json.loads((directory / "config.json").read_text())
-    raw["dual_chunk_attention_config"] = {
-        "chunk_size": 24,
-        "local_size": 4,
-        "original_max_position_embeddings": 32,
+    sizes = {"chunk_size": 24, "local_size": 4, "original_max_position_embeddings": 32}
+    pattern = [{"0": ["vertical_and_slash", 30, 800, 0.9]}] * 2
+    inside = {
         "sparse_attention_enabled": True,
         "sparse_attention_threshold": 16,
         "sparse_attention_last_q": 8,
-        "sparse_attention_config": [{"0": ["vertical_and_slash", 30, 800, 0.9]}],
+        "sparse_attention_config": pattern,
     }
+    raw["dual_chunk_attention_config"] = sizes if beside else sizes | inside
     target = tmp_path / "model"
     target.mkdir()
+    if beside:
+        (target / "sparse_attention_config.json").write_text(json.dumps(pattern))
     (target / "model.safetensors").symlink_to(directory / "model.safetensors")
     (target / "config.json").write_text(json.dumps(raw))
-    with pytest.warns(UserWarning, match="sparse_attention_enabled.*attention is exact here"):
+    notice = "sparse_attention_enabled.*attention is exact here"
+    with pytest.warns(UserWarning, match=notice):
         loaded, loaded_params = qwen_jax.load_pretrained(target)
     assert loaded.config.dual_chunk == DualChunkSpec(24, 4, 32)
     ids = random_ids(model, (1, 50))
@@ -121,3 +123,7 @@ def test_config_json_says_it_and_sparse_prefill_is_dense_with_a_notice(plain, tm
     np.testing.assert_array_equal(loaded.apply({"params": loaded_params}, ids).logits, expected)
     qwen_jax.save_pretrained(tmp_path / "again", loaded.config, loaded_params)
     assert qwen_jax.load_pretrained(tmp_path / "again")[0].config == loaded.config
+    with pytest.warns(UserWarning, match=notice):
+        convert(target, tmp_path / "converted", "orbax")
+    with pytest.warns(UserWarning, match=notice):
+        assert load_config(tmp_path / "converted") == loaded.config

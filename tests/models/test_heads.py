@@ -8,11 +8,15 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Qwen3_5PreTrainedModel,
+    Qwen3_5TextConfig,
 )
+from transformers.modeling_layers import GenericForTokenClassification
 
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
@@ -23,7 +27,7 @@ from tests.reward_models import ARCHITECTURES, random_reward_model, save_reward_
 
 TOLERANCE = 1e-4
 PAD = 7
-FAMILIES = ["qwen2", "qwen3", "qwen2_moe", "qwen3_next"]
+FAMILIES = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next"]
 SEQUENCE, TOKEN = AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 
@@ -44,18 +48,22 @@ def run(reference, ids, mask):
         return reference(torch.as_tensor(ids), attention_mask=torch.as_tensor(mask))
 
 
-def check_exported(config, params, directory, auto_class, original):
+def check_exported(config, params, directory, model_class, theirs):
     """transformers reads what we write as what it wrote, bit for bit and tensor for tensor."""
     qwen_jax.save_pretrained(directory, config, params)
     with quiet():
-        loaded, info = auto_class.from_pretrained(directory, output_loading_info=True)
+        loaded, info = model_class.from_pretrained(directory, output_loading_info=True)
     assert not any(info.values()), info
-    theirs, ours = original.state_dict(), loaded.state_dict()
+    ours = loaded.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    if config.head is not HeadKind.VOCABULARY:
+        # A language model with tied embeddings has a bare model's tensors, and its own name.
+        written = json.loads((directory / "config.json").read_text())
+        assert written["architectures"] == [type(loaded).__name__]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "qwen3_5_text"])
 def sequence(request, tmp_path_factory):
     reference = random_reference(request.param, 11, SEQUENCE, num_labels=3, pad_token_id=PAD)
     directory = save_reference(reference, tmp_path_factory.mktemp("model"))
@@ -93,12 +101,54 @@ def test_a_token_classifier_reads_every_token(token):
 
 def test_a_sequence_classifier_is_written_as_transformers_reads_it(sequence, tmp_path):
     reference, _, model, params = sequence
-    check_exported(model.config, params, tmp_path / "ours", SEQUENCE, reference)
+    check_exported(model.config, params, tmp_path / "ours", SEQUENCE, reference.state_dict())
 
 
 def test_a_token_classifier_is_written_as_transformers_reads_it(token, tmp_path):
     reference, _, model, params = token
-    check_exported(model.config, params, tmp_path / "ours", TOKEN, reference)
+    check_exported(model.config, params, tmp_path / "ours", TOKEN, reference.state_dict())
+
+
+class Qwen3_5TextForTokenClassification(  # noqa: N801
+    GenericForTokenClassification, Qwen3_5PreTrainedModel
+):
+    """What transformers does not have, named as it names that of sequences."""
+
+    config: Qwen3_5TextConfig
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "text_class", "logits_at"),
+    [(SEQUENCE, SEQUENCE, "last"), (TOKEN, Qwen3_5TextForTokenClassification, "all")],
+    ids=["sequence", "token"],
+)
+def test_a_classifier_that_sees_scores_its_texts(auto_class, text_class, logits_at, tmp_path):
+    """Its labels are those of the whole model; its text tower is written as a classifier."""
+    tower = random_reference("qwen3_5_text", 18, AutoModel, pad_token_id=PAD)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_position_embeddings"), 16)
+    config = AutoConfig.for_model(
+        "qwen3_5",
+        text_config=tower.config.to_dict(),
+        vision_config={"depth": 1, "num_heads": 2, "out_hidden_size": 64, **sizes},
+        num_labels=3,
+    )
+    reference = auto_class.from_config(config, dtype=torch.float32).eval()
+    reference.model.language_model.load_state_dict(tower.state_dict())
+    for parameter in reference.score.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / "theirs"))
+    assert model.config.num_labels == 3
+    ids, mask = padded_ids("right")
+    scores = model.apply({"params": params}, ids, mask, logits_at=logits_at).logits
+    with torch.no_grad():
+        expected = reference(torch.as_tensor(ids), attention_mask=torch.as_tensor(mask)).logits
+    real = mask.astype(bool) if logits_at == "all" else np.ones((3, 1), bool)
+    expected = expected.reshape(scores.shape)
+    np.testing.assert_allclose(scores[real], expected[real], rtol=0, atol=TOLERANCE)
+    tensors = {f"model.{name}": value for name, value in tower.state_dict().items()}
+    tensors |= {f"score.{name}": value for name, value in reference.score.state_dict().items()}
+    check_exported(model.config, params, tmp_path / "ours", text_class, tensors)
+    assert load_config(tmp_path / "ours") == model.config
 
 
 def test_converting_a_classifier_keeps_its_names_and_labels(sequence, tmp_path):
@@ -198,18 +248,19 @@ def test_embedders_load_under_every_published_spelling(prefix, architecture, tie
     expected = run(reference, ids, mask).last_hidden_state
     real = mask.astype(bool)
     np.testing.assert_allclose(out.hidden_states[-1][real], expected[real], atol=TOLERANCE, rtol=0)
-    check_exported(model.config, params, tmp_path / "ours", AutoModel, reference)
+    check_exported(model.config, params, tmp_path / "ours", AutoModel, reference.state_dict())
     convert(directory, tmp_path / "converted", "hf")
     again, params_again = qwen_jax.load_pretrained(tmp_path / "converted")
     assert again == model
     assert np.array_equal(params["norm"]["weight"], params_again["norm"]["weight"])
 
 
-def test_a_bare_model_as_transformers_saves_it(tmp_path):
-    reference = random_reference("qwen2", 15, AutoModel)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_5_text"])
+def test_a_bare_model_as_transformers_saves_it(family, tmp_path):
+    reference = random_reference(family, 15, AutoModel)
     model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / "theirs"))
     assert model.config.head is HeadKind.NONE
-    check_exported(model.config, params, tmp_path / "ours", AutoModel, reference)
+    check_exported(model.config, params, tmp_path / "ours", AutoModel, reference.state_dict())
 
 
 def test_a_language_model_with_bare_names_keeps_its_head(tmp_path):
@@ -224,7 +275,9 @@ def test_a_language_model_with_bare_names_keeps_its_head(tmp_path):
     real = mask.astype(bool)
     expected = run(reference, ids, mask).logits
     np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
-    check_exported(model.config, params, tmp_path / "ours", AutoModelForCausalLM, reference)
+    check_exported(
+        model.config, params, tmp_path / "ours", AutoModelForCausalLM, reference.state_dict()
+    )
 
 
 @pytest.fixture
@@ -252,9 +305,10 @@ def test_config_json_tells_the_number_of_labels(raw, fields, labels):
     assert read_hf_config(write_hf_config(config)) == config
 
 
-def test_heads_that_are_not_known_are_refused_by_name(raw):
-    with pytest.raises(qwen_jax.UserError, match=r"Qwen2ForQuestionAnswering.*known: Qwen2For"):
-        read_hf_config({**raw, "architectures": ["Qwen2ForQuestionAnswering"]})
+@pytest.mark.parametrize("name", ["Qwen2ForQuestionAnswering", "Qwen2TextModel"])
+def test_heads_that_are_not_known_are_refused_by_name(raw, name):
+    with pytest.raises(qwen_jax.UserError, match=rf"{name}.*known: Qwen2For"):
+        read_hf_config({**raw, "architectures": [name]})
 
 
 def test_a_head_that_no_architecture_has_cannot_be_written(raw):

@@ -1,7 +1,10 @@
 """`python -m tools.families`: what README.md says of the families is true and complete."""
 
 import dataclasses
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -67,6 +70,29 @@ def test_a_test_that_is_not_there_is_refused_by_name(test, message):
     with pytest.raises(UserError, match=message) as error:
         families_table([dataclasses.replace(ROW, quantised=[test])], [])
     assert str(error.value).startswith(test)
+
+
+def test_the_tests_of_a_family_run_for_its_model_type(environment):
+    """A test that runs for several model types, and not for this one, says nothing of it."""
+    cited = {t for family in FAMILIES for column in COLUMNS for t in getattr(family, column)}
+    files = sorted({test.partition("::")[0] for test in cited})
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", *files],
+        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = dict.fromkeys(cited, frozenset())
+    for line in done.stdout.splitlines():
+        test, _, parameters = line.partition("[")
+        if test in cases:
+            cases[test] |= set(re.split(r"[-,\] ]+", parameters)) or {""}
+    assert all(cases.values())
+    known = {family.model_type for family in FAMILIES} - {""}
+    for family in FAMILIES:
+        for column in COLUMNS:
+            for test in getattr(family, column) if family.model_type else ():
+                types = cases[test] & known
+                assert not types or family.model_type in types, (family.title, test)
 
 
 def test_a_preset_belongs_to_one_family():
