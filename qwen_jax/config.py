@@ -36,6 +36,7 @@ class HeadKind(enum.StrEnum):
     SCORE = "score"
     SCORE_WITH_BIAS = "score_with_bias"
     TWO_LAYER_SCORE = "two_layer_score"
+    GUARD = "guard"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,37 @@ class DualChunkSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardSpec:
+    """A head that judges every token twice: as part of an answer, and as part of a query.
+
+    Each of the two has a projection and a norm of its own, and a linear layer for the level of risk
+    and one for its category.
+
+    Attributes:
+      inner_size: what is projected to (`guard_inner_size`).
+      risk_levels, categories: labels of an answer (`num_risk_level`, `num_category`).
+      query_risk_levels, query_categories: labels of a query.
+    """
+
+    inner_size: int
+    risk_levels: int
+    categories: int
+    query_risk_levels: int
+    query_categories: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                value = getattr(self, field.name)
+                raise UserError(f"guard: {field.name} = {value} must be at least 1")
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Of the parts of `logits`: an answer's risk and category, then a query's."""
+        return self.risk_levels, self.categories, self.query_risk_levels, self.query_categories
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only language model, field names as config.json spells them where it has them.
 
@@ -197,6 +229,7 @@ class ModelConfig:
       moe: the experts; None if every layer is dense.
       head: what reads the final hidden states.
       num_labels: width of a scoring head.
+      guard: of a head that is one; None for the others.
       mtp_layers: layers of the head that predicts the token after the next; 0 for no such head.
       max_position_embeddings: the length that the checkpoint declares, in tokens.
       dtype: of the checkpoint's tensors.
@@ -229,6 +262,7 @@ class ModelConfig:
     moe: MoeSpec | None = None
     head: HeadKind = HeadKind.VOCABULARY
     num_labels: int = 0
+    guard: GuardSpec | None = None
     mtp_layers: int = 0
     sliding_window: int | None = None
     initializer_range: float = 0.02
@@ -279,6 +313,10 @@ class ModelConfig:
                 f"layer_types has {LayerKind.LINEAR_ATTENTION.value} layers exactly where the "
                 "linear_* sizes are given"
             )
+        if (self.head is HeadKind.GUARD) != (self.guard is not None):
+            raise UserError(f"head = {self.head.value} and guard = {self.guard} do not go together")
+        if self.guard is not None and sum(self.guard.widths) != self.num_labels:
+            raise UserError(f"num_labels = {self.num_labels} is not the sum of {self.guard.widths}")
         if self.moe is not None and not all(
             0 <= i < self.num_hidden_layers for i in self.moe.layers
         ):

@@ -17,6 +17,7 @@ from typing import Any
 from qwen_jax.config import (
     DeltaSpec,
     DualChunkSpec,
+    GuardSpec,
     HeadKind,
     LayerKind,
     ModelConfig,
@@ -42,6 +43,7 @@ _INERT = frozenset(
     gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_nextn_predict_layers
     num_return_sequences mtp_num_hidden_layers
+    query_category_map query_risk_level_map response_category_map response_risk_level_map
     output_attentions output_hidden_states output_router_logits output_scores prefix
     pretraining_tp problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
@@ -178,6 +180,16 @@ _HEADS = {
     "TextForTokenClassification": HeadKind.SCORE_WITH_BIAS,
     "ForRewardModel": HeadKind.TWO_LAYER_SCORE,
     "ForProcessRewardModel": HeadKind.TWO_LAYER_SCORE,
+    "ForGuardModel": HeadKind.GUARD,
+}
+
+# The sizes of a guard, as config.json calls them.
+_GUARD_SIZES = {
+    "inner_size": "guard_inner_size",
+    "risk_levels": "num_risk_level",
+    "categories": "num_category",
+    "query_risk_levels": "num_query_risk_level",
+    "query_categories": "num_query_category",
 }
 
 # Labels of the heads whose code has the number in it.
@@ -290,7 +302,7 @@ def _refuse_leftovers(fields: Fields) -> None:
 def _read_decoder(fields: Fields, name: str) -> ModelConfig:
     """Every family but the first generation."""
     family = _FAMILIES[name]
-    head, num_labels = _read_head(fields, name, family.stem)
+    head, num_labels, guard = _read_head(fields, name, family.stem)
     hidden_size = fields.require("hidden_size", "integer")
     num_heads = fields.require("num_attention_heads", "integer")
     num_layers = fields.require("num_hidden_layers", "integer")
@@ -329,6 +341,7 @@ def _read_decoder(fields: Fields, name: str) -> ModelConfig:
         moe=moe,
         head=head,
         num_labels=num_labels,
+        guard=guard,
         sliding_window=sliding_window,
         **_read_common(fields),
     )
@@ -346,10 +359,11 @@ def _read_common(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
+def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int, GuardSpec | None]:
+    """What reads the final hidden states, how many labels it has, and the sizes of a guard."""
     architectures = fields.take("architectures", "list of strings", [])
     if not architectures:
-        return HeadKind.VOCABULARY, 0
+        return HeadKind.VOCABULARY, 0, None
     ending = architectures[0].removeprefix(stem)
     endings = _endings(family)
     if len(architectures) > 1 or ending not in endings or not architectures[0].startswith(stem):
@@ -357,13 +371,17 @@ def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int]:
         raise fields.refuse("architectures", architectures, f"for {family}, known: {known}")
     head = _HEADS[ending]
     if head in (HeadKind.VOCABULARY, HeadKind.NONE):
-        return head, 0
+        return head, 0, None
+    if head is HeadKind.GUARD:
+        sizes = {name: fields.require(of, "integer") for name, of in _GUARD_SIZES.items()}
+        guard = GuardSpec(**sizes)
+        return head, sum(guard.widths), guard
     labels = fields.values.get("id2label")
     default = len(labels) if isinstance(labels, dict) else 2
     num_labels = _FIXED_LABELS.get(ending) or fields.take("num_labels", "integer", default)
     if num_labels < 1:
         raise fields.refuse("num_labels", num_labels, "at least 1 is needed")
-    return head, num_labels
+    return head, num_labels, None
 
 
 def _endings(family: str) -> list[str]:
@@ -403,7 +421,7 @@ def _read_experts(fields: Fields, num_layers: int, family: _Family) -> MoeSpec |
         raise UserError(f"{fields.source}: {disagreement(names)}")
     num_experts = next(iter(names.values()), None)
     if num_experts is None:
-        raise UserError(f"{fields.source}: num_experts is missing and needed, as integer")
+        raise UserError(f"{fields.source}: num_experts is missing and needed, as an integer")
     step = fields.take("decoder_sparse_step", "integer", 1)
     if step < 1:
         raise fields.refuse("decoder_sparse_step", step, "at least 1 is needed")
@@ -656,7 +674,9 @@ def _write_decoder(config: ModelConfig) -> dict[str, Any]:
             fields["qkv_bias"] = config.qkv_bias
         case _Bias.ALL_BY_FIELD:
             fields["attention_bias"] = config.qkv_bias
-    if config.num_labels:
+    if config.guard is not None:
+        fields |= {of: getattr(config.guard, name) for name, of in _GUARD_SIZES.items()}
+    elif config.num_labels:
         labels = {i: f"LABEL_{i}" for i in range(config.num_labels)}
         fields["id2label"] = {str(i): label for i, label in labels.items()}
         fields["label2id"] = {label: i for i, label in labels.items()}

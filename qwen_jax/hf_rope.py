@@ -46,6 +46,9 @@ def read_rope(
         if {**base, **parameters} != {**base, **scaling}:
             found = {"rope_parameters": parameters, "rope_scaling": scaling}
             raise UserError(f"{fields.source}: {disagreement(found)}")
+    source = fields.source
+    if parameters or scaling:
+        source += ": rope_parameters" if parameters else ": rope_scaling"
     parameters = parameters or scaling
     named = {
         "rope_theta": theta,
@@ -75,7 +78,7 @@ def read_rope(
             raise UserError(f"{fields.source}: {disagreement(shares)}")
         partial_rotary_factor = next(iter(shares.values()), partial_rotary_factor)
     return read_rope_parameters(
-        parameters, theta, max_position_embeddings, fields.source, partial_rotary_factor
+        parameters, theta, max_position_embeddings, source, partial_rotary_factor
     )
 
 
@@ -93,14 +96,14 @@ def read_rope_parameters(
       theta: base of the frequencies.
       max_position_embeddings: the declared length, which `dynamic` scales from, and which `yarn`
         takes, with a warning, when `original_max_position_embeddings` is absent.
-      source: names the place in errors.
+      source: names the dict in errors.
       partial_rotary_factor: share of rotated channels of a model that may rotate a part, which the
         dict may repeat; None for one that rotates all.
 
     Raises:
       UserError: unknown kind, or an option that the kind does not have.
     """
-    options = Fields(parameters, f"{source}: rope")
+    options = Fields(parameters, source)
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UserError(
             f"{source}: rope parameters by layer type are not supported: {shown(parameters)}"
@@ -241,7 +244,8 @@ def parse_rope_flag(text: str) -> dict[str, Any] | None:
       None for the checkpoint's own.
 
     Raises:
-      UserError: the text has another form.
+      UserError: the text has another form, or holds what `read_rope_parameters` refuses of every
+        model.
     """
     if not text:
         return None
@@ -264,6 +268,11 @@ def parse_rope_flag(text: str) -> dict[str, Any] | None:
         if name in parameters:
             raise UserError(f"--rope={text}: {name} is given twice; keep one")
         parameters[name] = _parsed(value)
+    with warnings.catch_warnings():
+        # Read again for the model, whose lengths and share of rotated channels are not known here.
+        warnings.simplefilter("ignore")
+        share = parameters.get("partial_rotary_factor")
+        read_rope_parameters(parameters, 10_000.0, 1, f"--rope={text}", share)
     return parameters
 
 

@@ -22,19 +22,27 @@ class Fields:
         if value is None:
             return default
         if not _KINDS[kind](value):
-            raise UserError(f"{self.source}: {name} = {shown(value)} should be {kind}")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)} should be {_with_article(kind)}"
+            )
         return value
 
     def require(self, name: str, kind: str) -> Any:
         """Like `take`, for a field without which there is no model."""
         value = self.take(name, kind)
         if value is None:
-            raise UserError(f"{self.source}: {name} is missing and needed, as {kind}")
+            raise UserError(
+                f"{self.source}: {name} is missing and needed, as {_with_article(kind)}"
+            )
         return value
 
     def refuse(self, name: str, value: Any, why: str) -> UserError:
         """The error for a value that is not honoured."""
         return UserError(f"{self.source}: {name} = {shown(value)} is not supported: {why}")
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _is_integer(value) -> bool:

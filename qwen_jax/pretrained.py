@@ -94,7 +94,10 @@ def load_tokenizer(source: str | Path) -> text.Tokenizer:
     tokenizer = text.load_tokenizer(directory)
     config = directory / "config.json"
     if config.is_file():
-        vocab_size = read_json_object(config).get("vocab_size")
+        raw = read_json_object(config)
+        # A vision-language model has its vocabulary in its text tower.
+        tower = raw.get("text_config")
+        vocab_size = (tower if isinstance(tower, dict) else raw).get("vocab_size")
         if isinstance(vocab_size, int):
             text.check_vocabulary_fits(tokenizer, vocab_size)
     return tokenizer

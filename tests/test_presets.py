@@ -18,6 +18,7 @@ from qwen_jax.config import HeadKind, ModelConfig, RopeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import read_hf_config, write_hf_config
 from qwen_jax.models.decoder import parameter_shapes
+from tests.renderings.guard import GuardModel
 
 # "Number of Parameters" and "Number of Parameters (Non-Embedding)", in billions, of the model
 # cards on the hub.
@@ -129,6 +130,9 @@ NAMES = {
     "qwen2-1.5b": (1.5, 0.05),
     "qwen2-7b": (7, 0.75),
     "qwen2-72b": (72, 0.75),
+    "qwen3guard-stream-0.6b": (0.6, 0.05),
+    "qwen3guard-stream-4b": (4, 0.1),
+    "qwen3guard-stream-8b": (8, 0.75),
 }
 
 EVERY = pytest.mark.parametrize("name", sorted(PRESETS))
@@ -188,6 +192,8 @@ def their_tensors(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
                 torch.nn.ReLU(),
                 torch.nn.Linear(shape.hidden_size, shape.num_labels),
             )
+        if shape.head is HeadKind.GUARD:
+            model = GuardModel(model.model, write_hf_config(shape))
     tied = {"lm_head.weight"} if shape.tie_word_embeddings else set()
     return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in tied}
 

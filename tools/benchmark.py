@@ -32,6 +32,7 @@ from qwen_jax.benchmark.throughput import measure_throughput
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.evaluation.language_model import check_language_model
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
 from qwen_jax.nn.moe import Dispatch, choose_dispatch
@@ -46,7 +47,11 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each figure.", lo
 _WORKLOAD = flags.DEFINE_enum(
     "workload", "model", ["model", "dispatch"], "What to measure: the model, or its experts alone."
 )
-_TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "256", "1024"], "Numbers for dispatch.")
+_TOKENS = flags.DEFINE_list(
+    "tokens",
+    ["1", "8", "64", "256", "1024"],
+    "With --workload=dispatch: how many tokens to send to the experts, one measurement for each.",
+)
 _FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
 
 
@@ -56,12 +61,14 @@ def main() -> None:
     for flag in others:
         if flags.FLAGS[flag.name].present:
             raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
-    workdir = Path(_WORKDIR.value)
+    workdir = command_line.path(_WORKDIR)
     preset = get_preset(_MODEL.value) if names_a_preset(_MODEL.value) else None
     directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
     if _WORKLOAD.value == "dispatch":
         config = load_config(directory) if preset is None else preset
         counts = _dispatch_counts(config)
+    elif preset is None:
+        check_language_model(directory, "are what is timed")
     results = workdir / "results.jsonl"
     try:
         # Before the minutes of measuring.

@@ -46,6 +46,20 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(reason)
 
 
+def path(flag: flags.FlagHolder) -> Path:
+    """The path that a flag gives, a leading ~ resolved.
+
+    Raises:
+      UserError: it is empty, which would be the current directory.
+    """
+    if not flag.value:
+        raise UserError(f"--{flag.name} is empty; give a path")
+    try:
+        return Path(flag.value).expanduser()
+    except RuntimeError as error:  # No such user, or no home directory.
+        raise UserError(f"--{flag.name}={flag.value}: cannot be resolved ({error})") from None
+
+
 def _quietly(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     main()

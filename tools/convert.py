@@ -14,16 +14,15 @@ A quantised source (GPTQ, AWQ, FP8 or our own) is dequantised. --quantize rounds
 and experts to 8 or 4 bits, with a scale for every 128 inputs, in a format that this package reads.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from qwen_jax.checkpoint.conversion import QUANTIZATIONS, convert
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.divergence import measure_divergence
+from qwen_jax.evaluation.language_model import check_language_model
 from qwen_jax.hf_config import DTYPES
-from tools.command_line import run
+from tools.command_line import path, run
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Checkpoint: a directory in either format, or a hub id.", required=True
@@ -37,18 +36,27 @@ _DTYPE = flags.DEFINE_enum(
     "Cast every tensor to this but the scales of --quantize; otherwise each keeps its own.",
 )
 _QUANTIZE = flags.DEFINE_enum(
-    "quantize", None, list(QUANTIZATIONS), "Round linear layers and experts to this."
+    "quantize",
+    None,
+    list(QUANTIZATIONS),
+    "With --format=hf: round linear layers and experts to this.",
 )
 _MEASURE = flags.DEFINE_bool(
-    "measure", False, "With --quantize: run both checkpoints, and print how far they differ."
+    "measure",
+    False,
+    "With --quantize, of language models: run both checkpoints, and print how far they differ.",
 )
 
 
 def main() -> None:
     """Converts, then says what was written."""
+    target = path(_TARGET)
     if _MEASURE.value and _QUANTIZE.value is None:
         raise UserError("--measure needs --quantize: it is of what quantising changes")
-    written = convert(_SOURCE.value, _TARGET.value, _FORMAT.value, _DTYPE.value, _QUANTIZE.value)
+    if _MEASURE.value:
+        source = resolve_source(_SOURCE.value)
+        check_language_model(source, "--measure compares; leave it out")
+    written = convert(_SOURCE.value, target, _FORMAT.value, _DTYPE.value, _QUANTIZE.value)
     notes = ", dequantised" if written.dequantised else ""
     if _QUANTIZE.value is not None:
         ratio = written.num_bytes / written.num_bytes_dense
@@ -60,7 +68,7 @@ def main() -> None:
         f"{_FORMAT.value} format{notes}"
     )
     if _MEASURE.value:
-        found = measure_divergence(resolve_source(_SOURCE.value), Path(_TARGET.value).expanduser())
+        found = measure_divergence(source, target)
         print(
             f"KL(original || quantised) {found.mean_kl:.2e} nats a token, top-1 agreement "
             f"{found.top1_agreement:.1%}, over {found.num_tokens} "

@@ -42,7 +42,7 @@ def main() -> None:
     """Runs the demonstration."""
     if not _PROMPT.value:
         raise UserError("--prompt is empty; give some text")
-    directory = Path(_WORKDIR.value) / "qwen3-random"
+    directory = command_line.path(_WORKDIR) / "qwen3-random"
     print(f"Writing a small Qwen3 to {directory}. Its weights are random: it will say nonsense.")
     try:
         _write_checkpoint(directory, _SEED.value)

@@ -134,13 +134,24 @@ FAMILIES = (
         export=[
             "tests/models/test_heads.py::test_a_reward_model_is_written_under_the_published_names"
         ],
-        quantised=[],
+        quantised=[
+            "tests/checkpoint/test_quantised_models.py::"
+            "test_other_heads_are_those_of_the_dequantised_reference"
+        ],
     ),
     Family(
         "Qwen3, Qwen3Guard-Gen",
         r"(?P<line>qwen3(guard-gen)?)-(?P<size>[\d.]+b)(-base|-saferl|(-instruct|-thinking)-2507)?",
         **_DENSE,
         model_type="qwen3",
+    ),
+    Family(
+        "Qwen3Guard-Stream",
+        r"(?P<line>qwen3guard-stream)-(?P<size>[\d.]+b)",
+        logits=["tests/models/test_heads.py::test_a_guard_judges_every_token_as_its_formulas_say"],
+        cache=["tests/models/test_heads.py::test_a_guard_decodes_with_a_cache"],
+        export=["tests/models/test_heads.py::test_a_guard_is_written_under_the_published_names"],
+        quantised=[],
     ),
     Family(
         "Qwen3-Embedding, Qwen3-Reranker",
@@ -154,7 +165,11 @@ FAMILIES = (
             *_DENSE["export"],
             "tests/models/test_heads.py::test_a_bare_model_as_transformers_saves_it",
         ],
-        quantised=_DENSE["quantised"],
+        quantised=[
+            *_DENSE["quantised"],
+            "tests/checkpoint/test_quantised_models.py::"
+            "test_other_heads_are_those_of_the_dequantised_reference",
+        ],
         model_type="qwen3",
     ),
     Family(
@@ -195,7 +210,10 @@ FAMILIES = (
             "tests/models/test_heads.py::"
             "test_a_token_classifier_is_written_as_transformers_reads_it",
         ],
-        quantised=[],
+        quantised=[
+            "tests/checkpoint/test_quantised_models.py::"
+            "test_other_heads_are_those_of_the_dequantised_reference"
+        ],
     ),
 )  # fmt: skip
 

@@ -22,7 +22,6 @@ broken tool calls are).
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -45,7 +44,7 @@ from qwen_jax.text import (
 from tools import command_line, text_flags
 from tools.jsonl_rows import as_json, read_rows
 
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; repeatable.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
 _INPUT = flags.DEFINE_string("input", None, "A JSONL file of prompts or of chat messages.")
 _CHAT = flags.DEFINE_bool("chat", False, "Prompts are what a user says to the assistant.")
 _SYSTEM = flags.DEFINE_string("system", None, "With --chat: the system message of --prompt.")
@@ -137,7 +136,9 @@ def _print_completion(i: int, total: int, record: dict[str, Any]) -> None:
 
 def _read_requests() -> list[tuple[str, dict[str, Any]]]:
     """Each prompt with the name that errors call it by."""
-    if bool(_PROMPT.value) == bool(_INPUT.value):
+    if _INFILL.value and (_CHAT.value or _PROMPT.value or _INPUT.value is None):
+        raise UserError("--infill takes --input=FILE.jsonl, and neither --chat nor --prompt")
+    if bool(_PROMPT.value) == (_INPUT.value is not None):
         raise UserError("give --prompt (repeatable) or --input=FILE.jsonl, and not both")
     if _SYSTEM.value is not None and not (_CHAT.value and _PROMPT.value):
         raise UserError("--system needs --chat and --prompt")
@@ -145,11 +146,9 @@ def _read_requests() -> list[tuple[str, dict[str, Any]]]:
         raise UserError("--thinking needs --chat: it is for the chat template")
     if text_flags.THINKING_BUDGET.value is not None and not _CHAT.value:
         raise UserError("--thinking_budget needs --chat: only there models think")
-    if _INFILL.value and (_CHAT.value or _PROMPT.value):
-        raise UserError("--infill takes --input=FILE.jsonl, and neither --chat nor --prompt")
     if _PROMPT.value:
         return [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(_PROMPT.value, 1)]
-    return [(name, _checked(name, row)) for name, row in read_rows(Path(_INPUT.value))]
+    return [(name, _checked(name, row)) for name, row in read_rows(command_line.path(_INPUT))]
 
 
 def _checked(name: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """Flags and loading that the command lines which write text share."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 import qwen_jax
 from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import DTYPES
+from qwen_jax.hf_config import DTYPES, load_config
 from qwen_jax.hf_rope import parse_rope_flag
+from qwen_jax.inference.checks import check_writes_text
 from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
@@ -23,7 +26,11 @@ DTYPE = flags.DEFINE_enum(
     "dtype", None, DTYPES, "Of the parameters; float32 on CPU, else the checkpoint's."
 )
 ROPE = flags.DEFINE_string(
-    "rope", "", "none, or KIND[:FACTOR][,option=value...], e.g. yarn:4,original=32768."
+    "rope",
+    "",
+    "none, or KIND[:FACTOR][,option=value...], such as yarn:4,original=32768; the checkpoint's own "
+    "if not given. Kinds: default, linear, dynamic, yarn. Options, of yarn: original (the trained "
+    "length), attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate.",
 )
 REFUSE_NONFINITE = flags.DEFINE_bool(
     "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."
@@ -41,18 +48,18 @@ SEED = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
-STOP = flags.DEFINE_multi_string(
-    "stop", [], "Text that ends the output, itself left out; repeatable."
-)
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the output, itself left out")
 THINKING = flags.DEFINE_bool(
     "thinking",
     None,
-    "The chat template's enable_thinking; its own default if not given.",
+    "The chat template's enable_thinking, its own default if not given; tools.generate needs "
+    "--chat with it.",
 )
 THINKING_BUDGET = flags.DEFINE_integer(
     "thinking_budget",
     None,
-    "Reasoning tokens after which the reasoning is closed and the answer follows; 0 for none.",
+    "Reasoning tokens after which the reasoning is closed and the answer follows; 0 for none. "
+    "tools.generate needs --chat with it.",
     lower_bound=0,
 )
 ALLOW_SPECIAL = flags.DEFINE_bool(
@@ -119,6 +126,7 @@ def open_session() -> Session:
     StopStrings(STOP.value)
     rope_scaling = parse_rope_flag(ROPE.value)
     directory = resolve_source(MODEL.value)
+    _check_writes_text(directory, load_config(directory))
     defaults = load_generation_defaults(directory)
     tokenizer = qwen_jax.load_tokenizer(directory)
     max_new_tokens = MAX_NEW_TOKENS.value or defaults.max_new_tokens or 512
@@ -129,6 +137,8 @@ def open_session() -> Session:
         allow_nonfinite=not REFUSE_NONFINITE.value,
         weights=weights_flag.WEIGHTS.value,
     )
+    # Of some embedders only the tensors tell.
+    _check_writes_text(directory, model.config)
     weights_flag.report_memory(directory, params)
     return Session(
         model=model,
@@ -139,6 +149,13 @@ def open_session() -> Session:
         max_new_tokens=max_new_tokens,
         max_window_size=defaults.max_window_size,
     )
+
+
+def _check_writes_text(directory: Path, config: ModelConfig) -> None:
+    try:
+        check_writes_text(config)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
 
 
 def _stop_ids(

@@ -5,10 +5,12 @@
     python -m tools.verify --model=qwen3-30b-a3b --layers=0,1
 
 A preset's name stands for random weights of its shape, biases and norms included; `--layers` keeps
-some of its layers, where all would not fit into memory. Prints the
-largest differences by layer in float32, and exits with 1 when one is beyond --tolerance times the
-scale of what is compared. A quantised checkpoint is compared with its weights dequantised. Needs
-requirements-dev.txt.
+some of its layers, where all would not fit into memory. Prints the largest differences by layer in
+float32, and exits with 1 when one is beyond --tolerance times the scale of what is compared. A
+quantised checkpoint is compared with its weights dequantised.
+
+Logits and a classifier's scores are compared too. Of a reward model or a guard the layers are, and
+its head is not, since transformers has no class for it. Needs requirements-dev.txt.
 """
 
 import tempfile
@@ -94,7 +96,11 @@ def _print_table(parity: Parity) -> None:
     print(f"{'':<12} {'max |diff|':>11} {'scale':>9} {'relative':>9}")
     for row in parity.differences:
         print(f"{row.name:<12} {row.max_abs:>11.2e} {row.scale:>9.3g} {row.relative:>9.1e}")
-    print(f"top-1 agreement {parity.top1_agreement:.2%}")
+    if parity.top1_agreement is not None:
+        print(f"top-1 agreement {parity.top1_agreement:.2%}")
+    if parity.uncompared_head is not None:
+        head = parity.uncompared_head.value
+        print(f"the {head} head is not compared: transformers has no class for it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Qwen3 (April 2025), its refresh of July 2025, Coder, Embedding, Reranker, Guard-Gen and SafeRL.
+"""Qwen3 (April 2025), its refresh of July 2025, Coder, Embedding, Reranker, Guard and SafeRL.
 
 QK-norm, no biases, heads of 128; 30B, 235B and 480B have experts in every layer and no shared one.
 
@@ -14,13 +14,14 @@ Unsure, so compare with the checkpoint's own `config.json`:
   * `max_position_embeddings` and `eos_token_ids` of the rerankers and larger embedders;
   * `aux_loss_coef` of the refresh, taken from the models of April;
   * `max_position_embeddings` and `eos_token_ids` of Guard-Gen and 4B-SafeRL, tuned from the models
-    of April.
+    of April;
+  * of Guard-Stream, what is not of 0.6B: its `guard_inner_size` of 512 may be larger elsewhere.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qwen_jax.config import LayerKind, ModelConfig, MoeSpec, RopeSpec
+from qwen_jax.config import GuardSpec, HeadKind, LayerKind, ModelConfig, MoeSpec, RopeSpec
 
 _FULL = LayerKind.FULL_ATTENTION
 
@@ -114,6 +115,19 @@ def _base(post_trained: ModelConfig) -> ModelConfig:
     return replace(post_trained, max_position_embeddings=32768, eos_token_ids=(151643,))
 
 
+def _guard_stream(post_trained: ModelConfig) -> ModelConfig:
+    guard = GuardSpec(
+        inner_size=512, risk_levels=3, categories=8, query_risk_levels=3, query_categories=9
+    )
+    return replace(
+        post_trained,
+        max_position_embeddings=8192,
+        head=HeadKind.GUARD,
+        guard=guard,
+        num_labels=sum(guard.widths),
+    )
+
+
 PRESETS: Mapping[str, ModelConfig] = {
     "qwen3-0.6b": _0_6B,
     "qwen3-0.6b-base": _base(_0_6B),
@@ -147,4 +161,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen3guard-gen-0.6b": replace(_0_6B, max_position_embeddings=32768),
     "qwen3guard-gen-4b": replace(_4B, max_position_embeddings=32768),
     "qwen3guard-gen-8b": replace(_8B, max_position_embeddings=32768),
+    "qwen3guard-stream-0.6b": _guard_stream(_0_6B),
+    "qwen3guard-stream-4b": _guard_stream(_4B),
+    "qwen3guard-stream-8b": _guard_stream(_8B),
 }

@@ -10,7 +10,7 @@ import numpy as np
 from qwen_jax.checkpoint import names, orbax_format
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import open_model
-from qwen_jax.checkpoint.nonfinite import all_finite
+from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
 from qwen_jax.checkpoint.quantised import (
     FIELD,
     load_quantization,
@@ -101,8 +101,9 @@ def convert(
     tensors = model.tensors
     if was_quantised and dtype is None:
         dtype = config.dtype
+    bad: set[str] = set()
     if dtype is not None:
-        tensors = {path: _cast(directory, tensor, dtype) for path, tensor in tensors.items()}
+        tensors = {path: _cast(directory, tensor, dtype, bad) for path, tensor in tensors.items()}
     dense = sum(map(num_bytes, tensors.values()))
     with new_directory(target) as partial:
         _write_config(directory, partial, model.config, dtype, quantize)
@@ -118,6 +119,8 @@ def convert(
                 others = {region.name for region in regions if not names.is_projection(region.path)}
                 tensors = _quantise(tensors, others, QUANTIZATIONS[quantize])
             write_tensors(partial, tensors, max_shard_size)
+    if bad:
+        report_nonfinite(directory, list(bad), np.dtype(dtype), allowed=True)
     return Converted(
         num_tensors=len(tensors),
         num_bytes=sum(map(num_bytes, tensors.values())),
@@ -139,19 +142,22 @@ def _quantise(
     return pieces
 
 
-def _cast(directory: Path, tensor: StoredTensor, dtype: str) -> StoredTensor:
+def _cast(directory: Path, tensor: StoredTensor, dtype: str, bad: set[str]) -> StoredTensor:
+    """`tensor` as `dtype`; read, it adds its name to `bad` where its values were not finite."""
     to = np.dtype(dtype)
     if tensor.parts:
-        return stack([_cast(directory, part, dtype) for part in tensor.parts])
+        return stack([_cast(directory, part, dtype, bad) for part in tensor.parts])
 
     def read() -> np.ndarray:
         values = tensor.read()
         with np.errstate(all="ignore"):
             cast = values.astype(to, copy=False)
-        if not all_finite(cast) and all_finite(values):
-            raise UserError(
-                f"{directory}: tensor {tensor.name} overflows as {dtype}; give a wider dtype"
-            )
+        if not all_finite(cast):
+            if all_finite(values):
+                raise UserError(
+                    f"{directory}: tensor {tensor.name} overflows as {dtype}; give a wider dtype"
+                )
+            bad.add(tensor.name)
         return cast
 
     return dataclasses.replace(tensor, dtype=to, read=read)

@@ -1,5 +1,6 @@
 """A source that the user names -> a directory on this machine."""
 
+import os
 import re
 from pathlib import Path
 
@@ -35,8 +36,13 @@ def resolve_source(source: str | Path, weights: bool = True) -> Path:
       weights: whether weights are needed, or the small files beside them are enough.
 
     Raises:
-      UserError: no such directory, an empty one, or a repository that cannot be had.
+      UserError: no such directory, an empty one, one without config.json where weights are needed,
+        or a repository that cannot be had.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"the source is a {type(source).__name__}; give a checkpoint directory or a hub id"
+        )
     if not str(source):
         raise UserError("the source is empty; give a checkpoint directory or a hub id")
     try:
@@ -44,6 +50,11 @@ def resolve_source(source: str | Path, weights: bool = True) -> Path:
         if path.is_dir():
             if not any(path.iterdir()):
                 raise UserError(f"{path}: the directory is empty; give a checkpoint directory")
+            if weights and not (path / "config.json").exists():
+                raise UserError(
+                    f"{path}: holds no config.json; give the directory of a checkpoint, "
+                    "where it lies beside the weights"
+                )
             return path
         exists = path.exists()
     except (OSError, RuntimeError) as error:

@@ -286,6 +286,16 @@ _ENDS = [
         for n in (0, 2)
         for kind in ("weight", "bias")
     ),
+    *(
+        TensorName(f"{hf}{stored}.weight", f"{path}_guard/{name}/weight", _has_head(HeadKind.GUARD))
+        for hf, path in (("", "answer"), ("query_", "query"))
+        for stored, name in (
+            ("risk_level_category_pre", "project"),
+            ("risk_level_category_layernorm", "norm"),
+            ("risk_level_head", "risk"),
+            ("category_head", "category"),
+        )
+    ),
 ]
 
 
@@ -418,7 +428,7 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str
     """Stored name -> the name that the table has for it; None for another tower's or head's."""
     stored = list(stored)
     towers = _OTHER_TOWERS.get(config.family, ())
-    if config.head is HeadKind.TWO_LAYER_SCORE:
+    if config.head in (HeadKind.TWO_LAYER_SCORE, HeadKind.GUARD):
         # Of the language model that it was trained from, published with it and read by nothing.
         towers = (*towers, "lm_head.")
     embeddings = {prefix: prefix + "embed_tokens.weight" for prefix in _PREFIXES}

@@ -42,9 +42,10 @@ def report_nonfinite(directory: Path, names: list[str], dtype: np.dtype, allowed
     """
     if not names:
         return
+    wider = "" if np.dtype(dtype) == np.float32 else ", or load it as float32"
     message = (
         f"{directory}: NaN or infinite values as {np.dtype(dtype).name} in {listed(sorted(names))}"
-        "; download it again, or load it with a wider dtype"
+        f"; download it again{wider}"
     )
     if not allowed:
         raise UserError(message)

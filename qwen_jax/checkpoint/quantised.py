@@ -5,7 +5,7 @@ Read are GPTQ, AWQ ("gemm") and FP8 in blocks as published, and a format of our 
 
     gptq      X.qweight int32 [in * bits / 32, out]: the inputs of a word from its low bits up;
               X.scales [groups, out]; X.qzeros int32 [groups, out * bits / 32], minus one unless
-              checkpoint_format is gptq_v2; X.g_idx int32 [in], the group of each input
+              checkpoint_format, or format, is gptq_v2; X.g_idx int32 [in], the group of each input
     awq       X.qweight int32 [in, out / 8]; X.scales [groups, out]; X.qzeros int32
               [groups, out / 8]; the outputs of a word from its low bits up are 0 2 4 6 1 3 5 7
     fp8       W float8_e4m3fn; W_scale_inv [blocks of out, blocks of in], a factor despite its name
@@ -27,7 +27,7 @@ import numpy as np
 from qwen_jax.checkpoint.names import printable
 from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
 from qwen_jax.errors import UserError
-from qwen_jax.json_fields import Fields, read_json_object, shown
+from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize, pack_nibbles, quantize
 
 FIELD = "quantization_config"
@@ -40,18 +40,23 @@ _INERT = frozenset(
     damp_auto_increment damp_percent dataset disable_exllama do_fuse exllama_config
     fuse_max_seq_len hyb_act ignored_layers max_input_length meta model_file_base_name
     model_name_or_path model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
-    modules_to_fuse modules_to_not_convert mse pad_token_id quantizer static_groups sym tokenizer
-    true_sequential use_cuda_fp16 use_exllama
+    modules_to_convert modules_to_fuse modules_to_not_convert mse pack_impl pad_token_id quantizer
+    static_groups sym tokenizer true_sequential use_cuda_fp16 use_exllama
 """.split()
 )
 
 # Fields with one value that is read; any other changes what the numbers mean.
 _ONLY = {
     "gptq": {"pack_dtype": "int32", "is_marlin_format": False, "lm_head": False, "bits": (4, 8),
-             "checkpoint_format": ("gptq", "gptq_v2")},
-    "awq": {"version": "gemm", "zero_point": True, "bits": 4},
+             "checkpoint_format": ("gptq", "gptq_v2"), "format": ("gptq", "gptq_v2"),
+             "method": "gptq"},
+    # Its layout has no order of inputs but their own, so that desc_act says nothing.
+    "awq": {"version": "gemm", "checkpoint_format": "gemm", "format": "gemm", "method": "awq",
+            "zero_point": True, "bits": 4, "pack_dtype": "int32", "lm_head": False,
+            "desc_act": (False, True)},
     "fp8": {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "float",
-            "dequantize": False, "weight_per_tensor": False, "act_per_tensor": False},
+            "dequantize": False, "weight_per_tensor": False, "act_per_tensor": False,
+            "expert_dtype": "fp8"},
     "qwen_jax": {"bits": (4, 8)},
 }  # fmt: skip
 
@@ -84,6 +89,13 @@ class QuantizationSpec:
     zero_offset: int = 0
     desc_act: bool = False
 
+    @property
+    def grouping(self) -> str:
+        """The fields of config.json that the shapes of the pieces go by, for messages."""
+        if self.method == "fp8":
+            return f"weight_block_size = {[self.block_rows, self.group_size]}"
+        return f"bits = {self.bits} and group_size = {self.group_size}"
+
 
 def load_quantization(directory: Path) -> QuantizationSpec | None:
     """What `directory/config.json` says of quantised weights; None if they are plain.
@@ -109,9 +121,13 @@ def read_quantization(raw: dict[str, Any], source: str = FIELD) -> QuantizationS
       UserError: a method, or a variant of one, that is not read; a missing or unknown field.
     """
     fields = Fields(raw, source)
+    known = f"read are {', '.join(_ONLY)}"
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if raw.get(name) and raw.get("quant_method") is None:
+            raise fields.refuse(name, raw[name], f"it is of bitsandbytes; {known}")
     method = fields.require("quant_method", "string")
     if method not in _ONLY:
-        raise fields.refuse("quant_method", method, f"read are {', '.join(_ONLY)}")
+        raise fields.refuse("quant_method", method, known)
     for name, only in _ONLY[method].items():
         value = fields.values.get(name)
         allowed = only if isinstance(only, tuple) else (only,)
@@ -119,29 +135,42 @@ def read_quantization(raw: dict[str, Any], source: str = FIELD) -> QuantizationS
         read = value.lower() if name == "version" and isinstance(value, str) else value
         # `in` takes 1 for True.
         if read is not None and not any(read == x and type(read) is type(x) for x in allowed):
-            raise fields.refuse(name, value, f"only {' and '.join(map(shown, allowed))} are read")
+            listed = " and ".join(map(shown, allowed))
+            verb = "is" if len(allowed) == 1 else "are"
+            raise fields.refuse(name, value, f"only {listed} {verb} read")
     bits = 8 if method == "fp8" else fields.require("bits", "integer")
     block_rows, zero_offset, desc_act = 1, 0, False
     if method == "fp8":
         block = fields.values.pop("weight_block_size", None)
-        if not (isinstance(block, list) and [type(n) for n in block] == [int, int]):
+        if not (
+            isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 1
+        ):
             why = "only scales of blocks, [rows, columns], are read"
             raise fields.refuse("weight_block_size", block, why)
         block_rows, group_size = block
     else:
         group_size = fields.require("group_size", "integer")
     whole_rows = method == "gptq" and group_size == -1
-    if block_rows < 1 or (group_size < 1 and not whole_rows):
+    if group_size < 1 and not whole_rows:
         raise fields.refuse("group_size", group_size, "a group has at least 1 input")
     if method == "gptq":
         desc_act = fields.take("desc_act", "boolean", False)
         _check_dynamic(fields)
-        zero_offset = 0 if fields.values.get("checkpoint_format") == "gptq_v2" else 1
+        zero_offset = 0 if _gptq_format(fields) == "gptq_v2" else 1
     for name, value in fields.values.items():
         if not (name in _INERT or name in _ONLY[method] or value in (None, [], {}, "")):
             why = "it may change the weights; remove the field if you know that it does not"
             raise fields.refuse(name, value, why)
     return QuantizationSpec(method, bits, group_size, block_rows, zero_offset, desc_act)
+
+
+def _gptq_format(fields: Fields) -> str | None:
+    """What later writers call format, beside the name that it had first or in place of it."""
+    named = {name: fields.values.get(name) for name in ("checkpoint_format", "format")}
+    named = {name: value for name, value in named.items() if value is not None}
+    if len(set(named.values())) > 1:
+        raise UserError(f"{fields.source}: {disagreement(named)}")
+    return next(iter(named.values()), None)
 
 
 def _check_dynamic(fields: Fields) -> None:
@@ -195,7 +224,7 @@ def logical_tensors(
                     f"{tensor.file}: holds both {printable(weight)} and {printable(name)}; keep one"
                 )
             found = {piece: stored.get(at) for piece, at in pieces_of[weight].items()}
-            shape, read = parse(_Pieces(tensor, found), spec)
+            shape, read = parse(_Pieces(tensor, found, spec), spec)
             logical[weight] = StoredTensor(
                 weight,
                 tensor.file,
@@ -231,11 +260,10 @@ class _Pieces:
 
     first: StoredTensor
     found: Mapping[str, StoredTensor | None]
+    spec: QuantizationSpec
 
-    def take(
-        self, suffix: str, dtypes: Container[np.dtype], shape: tuple[int, ...] | None = None
-    ) -> StoredTensor:
-        """The piece, which must have one of `dtypes` and, if given, this shape."""
+    def take(self, suffix: str, dtypes: Container[np.dtype]) -> StoredTensor:
+        """The piece, which must have one of `dtypes`."""
         tensor = self.found[suffix]
         if tensor is None:
             raise UserError(
@@ -244,9 +272,19 @@ class _Pieces:
             )
         if tensor.dtype not in dtypes:
             raise self.wrong(suffix, f"is stored as {tensor.dtype.name}, which its format has not")
-        if shape is not None and tensor.shape != shape:
+        return tensor
+
+    def take_beside(
+        self, values: StoredTensor, suffix: str, dtypes: Container[np.dtype], shape: tuple[int, ...]
+    ) -> StoredTensor:
+        """The piece, which must have one of `dtypes` and the shape that `values` make it."""
+        tensor = self.take(suffix, dtypes)
+        if tensor.shape != shape:
             raise self.wrong(
-                suffix, f"has shape {list(tensor.shape)}, where {list(shape)} is needed"
+                suffix,
+                f"has shape {list(tensor.shape)}, where {list(shape)} is needed for "
+                f"{printable(values.name)} {list(values.shape)} with {self.spec.grouping}; "
+                "config.json and the weights disagree, or a file is broken",
             )
         return tensor
 
@@ -323,11 +361,11 @@ def _parse_gptq(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     n_groups = -(-n_in // group_size)
     if n_out % per_word:
         raise pieces.wrong(".qweight", f"has {n_out} columns, not a multiple of {per_word}")
-    scales = pieces.take(".scales", _FLOATS, (n_groups, n_out))
-    qzeros = pieces.take(".qzeros", _INT32, (n_groups, n_out // per_word))
+    scales = pieces.take_beside(qweight, ".scales", _FLOATS, (n_groups, n_out))
+    qzeros = pieces.take_beside(qweight, ".qzeros", _INT32, (n_groups, n_out // per_word))
     g_idx = None
     if spec.desc_act or pieces.found[".g_idx"] is not None:
-        g_idx = pieces.take(".g_idx", _INT32, (n_in,))
+        g_idx = pieces.take_beside(qweight, ".g_idx", _INT32, (n_in,))
 
     def read() -> QuantizedWeight:
         zeros = _unpack(qzeros.read(), spec.bits) + np.uint8(spec.zero_offset)
@@ -370,8 +408,8 @@ def _parse_awq(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     n_groups = -(-n_in // spec.group_size)
     if n_in % 2:
         raise pieces.wrong(".qweight", f"has {n_in} rows, an odd number of inputs")
-    scales = pieces.take(".scales", _FLOATS, (n_groups, n_out))
-    qzeros = pieces.take(".qzeros", _INT32, (n_groups, n_out // 8))
+    scales = pieces.take_beside(qweight, ".scales", _FLOATS, (n_groups, n_out))
+    qzeros = pieces.take_beside(qweight, ".qzeros", _INT32, (n_groups, n_out // 8))
 
     def unpack(words: np.ndarray) -> np.ndarray:
         codes = _unpack(words, 4).reshape(len(words), -1, 8)[..., _AWQ_ORDER]
@@ -402,7 +440,7 @@ def _parse_fp8(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     weight = pieces.take_matrix("", _FLOAT8, stacked=True)
     *stack, n_out, n_in = weight.shape
     blocks = (-(-n_out // spec.block_rows), -(-n_in // spec.group_size))
-    scales = pieces.take("_scale_inv", _FLOATS, (*stack, *blocks))
+    scales = pieces.take_beside(weight, "_scale_inv", _FLOATS, (*stack, *blocks))
 
     def read() -> QuantizedWeight:
         per_row = np.repeat(scales.read().astype(np.float32), spec.block_rows, axis=-2)
@@ -425,8 +463,8 @@ def _parse_own(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     *rows, stored = packed.shape
     n_in = stored * 8 // spec.bits
     per_group = (*rows, -(-n_in // spec.group_size))
-    scales = pieces.take("_scales", _FLOATS, per_group)
-    zeros = pieces.take("_zeros", _UINT8, per_group) if spec.bits == 4 else None
+    scales = pieces.take_beside(packed, "_scales", _FLOATS, per_group)
+    zeros = pieces.take_beside(packed, "_zeros", _UINT8, per_group) if spec.bits == 4 else None
 
     def read() -> QuantizedWeight:
         return QuantizedWeight(

@@ -9,7 +9,7 @@ import functools
 import json
 import mmap
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +151,28 @@ def _open_safetensors(path: Path, quantised: bool) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in known:
-            raise UserError(
-                f"{path}: tensor {printable(name)} is stored as {entry['dtype']}, which is not "
-                f"read; save it as one of {', '.join(SAFETENSORS_DTYPES)}"
+            raise _unread_dtype(
+                path, name, entry["dtype"], SAFETENSORS_DTYPES, entry["dtype"] in QUANTISED_DTYPES
             )
         tensors[name] = _mapped_tensor(path, content, name, entry, known[entry["dtype"]])
     # The header need not be in the order of the data.
     return dict(sorted(tensors.items(), key=lambda item: header[item[0]]["data_offsets"]))
+
+
+def _unread_dtype(
+    path: Path, name: str, dtype: Any, floats: Iterable[Any], of_quantised: bool
+) -> UserError:
+    """The error for a dtype that is not read; `of_quantised` if it would be of a quantised one."""
+    stored = f"{path}: tensor {printable(name)} is stored as {dtype}"
+    if of_quantised:
+        return UserError(
+            f"{stored}, as quantised weights are, while config.json has no quantization_config; "
+            "put theirs there (for GPTQ it may be in quantize_config.json, and needs "
+            'quant_method = "gptq" besides)'
+        )
+    return UserError(
+        f"{stored}, which is not read; save it as one of {', '.join(map(str, floats))}"
+    )
 
 
 def _mapped_tensor(
@@ -207,24 +222,22 @@ def _torch_tensor(path: Path, name: Any, value: Any, quantised: bool) -> StoredT
         torch.float16: np.float16,
         torch.bfloat16: ml_dtypes.bfloat16,
     }
-    floats = ", ".join(map(str, dtypes))
+    floats = tuple(dtypes)
+    of_quantised = {
+        torch.int32: np.int32,
+        torch.int8: np.int8,
+        torch.uint8: np.uint8,
+        torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+    }
     if quantised:
-        dtypes |= {
-            torch.int32: np.int32,
-            torch.int8: np.int8,
-            torch.uint8: np.uint8,
-            torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
-        }
+        dtypes |= of_quantised
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise UserError(
             f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; "
             "save the model's state_dict"
         )
     if value.dtype not in dtypes:
-        raise UserError(
-            f"{path}: tensor {printable(name)} is stored as {value.dtype}, which is not read; "
-            f"save it as one of {floats}"
-        )
+        raise _unread_dtype(path, name, value.dtype, floats, value.dtype in of_quantised)
 
     def read() -> np.ndarray:
         plain = value.detach().contiguous()

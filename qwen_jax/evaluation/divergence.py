@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from qwen_jax.errors import UserError
+from qwen_jax.evaluation.language_model import check_language_model
 from qwen_jax.pretrained import Weights, load_pretrained, load_tokenizer
 
 # Prose, numbers, code and another script, so that no one kind of token decides.
@@ -54,8 +55,10 @@ def measure_divergence(original: Path, quantised: Path) -> Divergence:
     tokenizer in `original` the tokens are 256 random ones, the same in every call.
 
     Raises:
-      UserError: whatever is wrong with either directory.
+      UserError: one of them is not a language model, or whatever else is wrong with it.
     """
+    for directory in (original, quantised):
+        check_language_model(directory, "are what is compared")
     ids = _token_ids(original)
     expected = _log_probabilities(original, ids, "dense")
     found = _log_probabilities(quantised, ids, "packed")

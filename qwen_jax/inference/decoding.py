@@ -6,7 +6,6 @@ number of compiled programs stays small whatever the texts.
 
 import collections
 import functools
-import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import HeadKind, ModelConfig
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.inference.checks import check_integer, check_writes_text
 from qwen_jax.inference.sampling import (
     SamplingOptions,
     SamplingRule,
@@ -104,19 +104,15 @@ class TokenStream:
         self._model, self._params = model, params
         self._rule = (options or SamplingOptions()).rule()
         config = model.config
-        if config.head is not HeadKind.VOCABULARY:
-            raise UserError(
-                f"the model's head is {config.head.value}, so that it writes no text; "
-                "tools.embed makes vectors and scores with it"
-            )
-        _check_integer("max_new_tokens", max_new_tokens, 1, None)
-        _check_integer("seed", seed, 0, 2**32 - 1)
+        check_writes_text(config)
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        check_integer("seed", seed, 0, 2**32 - 1)
         self._prompts = [
             read_ids(config, f"prompt {row}", prompt) for row, prompt in enumerate(prompts)
         ]
         self._stop_ids = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
         for stop_id in self._stop_ids:
-            _check_integer("stop id", stop_id, 0, None)
+            check_integer("stop id", stop_id, 0)
         self._max_new_tokens = max_new_tokens
         self._seed, self._first_row = seed, first_row
         self._active = [True] * len(self._prompts)
@@ -313,13 +309,6 @@ def _chosen(
     tokens = jnp.where((forced >= 0) & (tokens >= 0), forced, tokens)
     seen = None if state.seen is None else count(state.seen, tokens)
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
-
-
-def _check_integer(name: str, value: int, least: int, most: int | None) -> None:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        range_ = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} = {value!r} should be an integer, {range_}")
 
 
 def read_ids(config: ModelConfig, name: str, text: Sequence[int]) -> np.ndarray:

@@ -16,13 +16,63 @@ import tqdm
 
 from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.inference.checks import check_head, check_integer
 from qwen_jax.inference.decoding import bucket, read_ids
 from qwen_jax.models.decoder import Decoder, warn_if_longer
 
 Texts = Sequence[Sequence[int]]
+Task = Literal["embed", "rerank", "reward", "step_reward", "classify", "guard"]
 _What = Literal["pooled", "last", "all"]
 
 _SCORING = (HeadKind.SCORE, HeadKind.SCORE_WITH_BIAS, HeadKind.TWO_LAYER_SCORE)
+
+# How many labels a task needs, and what to do about another number.
+_LABELS = {
+    "reward": (1, "a reward is one; take a reward model"),
+    "step_reward": (2, "step rewards are of two; take a process reward model"),
+}
+
+
+class NonfiniteScoresError(UserError):
+    """A text whose scores are NaN or infinite.
+
+    Attributes:
+      index: of the text, from 0.
+      reason: the message without the text's name.
+    """
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"texts[{index}]: {reason}")
+        self.index, self.reason = index, reason
+
+
+def check_task(config: ModelConfig, task: Task, dimensions: int | None = None) -> None:
+    """Refuses a model that is not for `task`; no weights are needed to tell.
+
+    The functions below check what they need themselves.
+
+    Args:
+      config: of the model.
+      task: "embed" is for any model, "reward" for one label, "classify" for any number of them.
+      dimensions: as `embed` takes it.
+
+    Raises:
+      UserError: the head is another, it has other labels, or fewer dimensions than are asked for.
+    """
+    if dimensions is not None:
+        check_integer("dimensions", dimensions, 1, config.hidden_size)
+    if task == "rerank":
+        check_head(config, (HeadKind.VOCABULARY,), "cannot answer yes or no; take a reranker")
+    elif task == "guard":
+        check_head(config, (HeadKind.GUARD,), "judges no risks; take a guard")
+    elif task != "embed":
+        advice = "has no such labels; take a classifier or a reward model"
+        check_head(config, _SCORING, advice)
+    if task in _LABELS:
+        labels, advice = _LABELS[task]
+        if config.num_labels != labels:
+            plural = "" if config.num_labels == 1 else "s"
+            raise UserError(f"the model has {config.num_labels} label{plural}, where {advice}")
 
 
 def embed(
@@ -49,14 +99,12 @@ def embed(
 
     Raises:
       UserError: an empty text, an id outside the vocabulary, more dimensions than there are, or
-        vectors that are not numbers.
+        vectors that are not numbers (a `NonfiniteScoresError`).
     """
-    D = model.config.hidden_size
-    if dimensions is not None and not 1 <= dimensions <= D:
-        raise UserError(f"dimensions = {dimensions} should be from 1 to hidden_size = {D}")
+    check_task(model.config, "embed", dimensions)
     rows = _run(model, params, texts, batch_size, "pooled")
     vectors = np.array([row[:dimensions] for row in rows], np.float32).reshape(
-        len(rows), dimensions or D
+        len(rows), dimensions or model.config.hidden_size
     )
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     # The floor of the published code (torch's `normalize`).
@@ -79,7 +127,7 @@ def head_scores(model: Decoder, params: Any, texts: Texts, batch_size: int = 8) 
     Raises:
       UserError: no scoring head, or as `embed`.
     """
-    _check_head(model.config, _SCORING)
+    check_task(model.config, "classify")
     rows = _run(model, params, texts, batch_size, "last")
     return np.array(rows, np.float32).reshape(len(rows), model.config.num_labels)
 
@@ -98,7 +146,7 @@ def token_scores(
     Raises:
       UserError: as `head_scores`.
     """
-    _check_head(model.config, _SCORING)
+    check_task(model.config, "guard" if model.config.head is HeadKind.GUARD else "classify")
     return _run(model, params, texts, batch_size, "all")
 
 
@@ -119,11 +167,7 @@ def step_rewards(
     Raises:
       UserError: other than two labels, or as `head_scores`.
     """
-    if model.config.num_labels != 2:
-        raise UserError(
-            f"the model has {model.config.num_labels} labels, where step rewards need two; take a "
-            "process reward model"
-        )
+    check_task(model.config, "step_reward")
     scores = token_scores(model, params, texts, batch_size)
     return [
         _second_of_two(row[np.asarray(text) == step_id])
@@ -132,14 +176,13 @@ def step_rewards(
 
 
 def rerank_scores(
-    model: Decoder, params: Any, prompts: Texts, no_id: int, yes_id: int, batch_size: int = 8
+    model: Decoder, params: Any, texts: Texts, no_id: int, yes_id: int, batch_size: int = 8
 ) -> np.ndarray:
-    """The probability of "yes" against "no" as the token after each prompt.
+    """The probability of "yes" against "no" as the token after each text.
 
     Args:
       model, params, batch_size: as for `embed`, with a vocabulary head.
-      prompts: token ids that ask whether a document answers a query; see
-        `text.scoring_prompts`.
+      texts: token ids that ask whether a document answers a query; see `text.scoring_prompts`.
       no_id, yes_id: the tokens of the two answers.
 
     Returns:
@@ -148,19 +191,10 @@ def rerank_scores(
     Raises:
       UserError: no vocabulary head, or as `embed`.
     """
-    _check_head(model.config, (HeadKind.VOCABULARY,))
+    check_task(model.config, "rerank")
     answers = read_ids(model.config, "no_id and yes_id", [no_id, yes_id])
-    rows = _run(model, params, prompts, batch_size, "last", answers)
+    rows = _run(model, params, texts, batch_size, "last", answers)
     return _second_of_two(np.array(rows, np.float32).reshape(len(rows), 2))
-
-
-def _check_head(config: ModelConfig, wanted: tuple[HeadKind, ...]) -> None:
-    if config.head not in wanted:
-        kinds = ", ".join(kind.value for kind in wanted)
-        raise UserError(
-            f"the model's head is {config.head.value}, where this needs one of: {kinds}; see "
-            "architectures in config.json"
-        )
 
 
 def _second_of_two(logits: np.ndarray) -> np.ndarray:
@@ -179,7 +213,8 @@ def _run(
 ) -> list[np.ndarray]:
     """float32 [D] or [labels], or for "all" [tokens, labels], for each text in the order given."""
     config = model.config
-    rows = [read_ids(config, f"text {i}", text) for i, text in enumerate(texts)]
+    check_integer("batch_size", batch_size, 1)
+    rows = [read_ids(config, f"texts[{i}]", text) for i, text in enumerate(texts)]
     if not rows:
         return []
     warn_if_longer(config, max(map(len, rows)))
@@ -200,15 +235,13 @@ def _run(
         for i, row in zip(batch, np.asarray(read), strict=True):
             results[i] = row[: len(rows[i])] if what == "all" else row[0]
             if not np.isfinite(results[i]).all():
-                raise UserError(
-                    f"text {i}: its scores are NaN or infinite in {_dtype(params)}; download the "
-                    "checkpoint again, or load it in a wider dtype"
-                )
+                raise NonfiniteScoresError(i, _not_numbers(params["embed_tokens"]["weight"].dtype))
     return results
 
 
-def _dtype(params: Any) -> jnp.dtype:
-    return params["embed_tokens"]["weight"].dtype
+def _not_numbers(dtype: jnp.dtype) -> str:
+    wider = "" if dtype == jnp.float32 else ", or load it as float32"
+    return f"its scores are NaN or infinite in {dtype}; download the checkpoint again{wider}"
 
 
 @functools.partial(jax.jit, static_argnames=("model", "what"))

@@ -33,7 +33,8 @@ class DecoderOutput:
 
     Attributes:
       logits: float32 [B, T, V], or [B, P, V] for the P positions asked for; of a scoring head, with
-        its labels for V. None where the checkpoint has no output head.
+        its labels for V, and of a guard with those of `GuardSpec.widths`, one after another. None
+        where the checkpoint has no output head.
       cache: the cache with this call's tokens in it; None if none was given.
       hidden_states: L + 1 arrays [B, T, D]: the embeddings, each layer's output, and in the last
         place the last layer's output after the final norm, as transformers counts them.
@@ -133,6 +134,9 @@ class Decoder(nn.Module):
             case HeadKind.TWO_LAYER_SCORE:
                 self.score_0 = _CompiledLinear(config.hidden_size, True)
                 self.score_2 = _CompiledLinear(config.num_labels, True)
+            case HeadKind.GUARD:
+                self.answer_guard = _Guard(config, config.guard.widths[:2])
+                self.query_guard = _Guard(config, config.guard.widths[2:])
         if config.mtp_layers:
             self.mtp = _MtpHead(config, self.dispatch, self.capacity_factor)
 
@@ -247,6 +251,9 @@ class Decoder(nn.Module):
                 return _compiled_linear(x, head, out_dtype=jnp.float32)
             case HeadKind.TWO_LAYER_SCORE:
                 return self.score_2(nn.relu(self.score_0(x))).astype(jnp.float32)
+            case HeadKind.GUARD:
+                parts = (*self.answer_guard(x), *self.query_guard(x))
+                return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
             case _:
                 return self.score(x).astype(jnp.float32)
 
@@ -288,6 +295,29 @@ class Decoder(nn.Module):
             return cache.replace(layers=decoder._run_layers(x, tokens, layers)[1])
 
         return nn.cond(stale, rebuild, lambda decoder, cache: cache, self, cache)
+
+
+class _Guard(nn.Module):
+    """What a guard makes of a token as part of an answer, or as part of a query.
+
+    Attributes:
+      config: with `guard`.
+      widths: levels of risk, categories.
+    """
+
+    config: ModelConfig
+    widths: tuple[int, int]
+
+    def setup(self):
+        """Declares the blocks."""
+        self.project = _CompiledLinear(self.config.guard.inner_size)
+        self.norm = _norm(self.config, _CompiledNorm)
+        self.risk, self.category = (_CompiledLinear(width) for width in self.widths)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, P, D] -> the logits of risk and of category, [B, P, width] each."""
+        x = self.norm(self.project(x))
+        return self.risk(x), self.category(x)
 
 
 class _MtpHead(nn.Module):

@@ -90,17 +90,24 @@ def solution_ids(
       steps: the solution, which becomes the assistant's message.
 
     Raises:
-      UserError: no step, one that is no text or holds <extra_0>, a tokenizer or chat template of
-        another kind of model, or whatever is wrong with the messages.
+      UserError: no step, one that is no text or holds <extra_0>, an assistant's message before
+        them, a tokenizer or chat template of another kind of model, or whatever is wrong with the
+        messages.
     """
     step_id, end = _control(tokenizer, STEP, "<|im_end|>")
     if not isinstance(steps, list | tuple) or not steps:
         raise UserError("steps should be a list of texts, at least one")
     for number, step in enumerate(steps, 1):
         if not isinstance(step, str) or not step or STEP in step:
-            raise UserError(f"step {number} should be a text without {STEP}, is {str(step)[:40]!r}")
+            raise UserError(f"step {number} should be a text without {STEP}, and not empty")
     if not isinstance(messages, list | tuple):
         raise UserError("messages should be a list of objects with role and content")
+    last = messages[-1] if messages else None
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        raise UserError(
+            "messages end with the assistant's, and the steps would be a second one; give one of "
+            "the two"
+        )
     ids = tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": steps[0]}], allow_special=False
     )

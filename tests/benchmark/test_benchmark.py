@@ -9,6 +9,7 @@ from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
 from qwen_jax.benchmark.provenance import git_hash
 from qwen_jax.errors import UserError
+from tests.reward_models import random_reward_model, save_reward_model
 from tests.tools.conftest import ROOT, refusal
 
 FIGURES = [
@@ -108,3 +109,19 @@ def test_an_unknown_model_is_refused(run_tool, tmp_path, model, message):
     line = refusal(run_tool("benchmark", f"--model={model}", f"--workdir={workdir}"))
     assert line.startswith(message)
     assert not workdir.exists()
+
+
+def test_a_model_that_predicts_no_tokens_is_refused(run_tool, tmp_path):
+    source = save_reward_model(random_reward_model(1, num_hidden_layers=1), tmp_path / "reward")
+    workdir = tmp_path / "results"
+    line = refusal(run_tool("benchmark", f"--model={source}", f"--workdir={workdir}"))
+    assert line == (
+        f"{source}: the model is a reward model, which makes no predictions of the next token, "
+        "which are what is timed"
+    )
+    assert not workdir.exists()
+
+
+def test_an_empty_workdir_is_not_the_current_directory(run_tool, tiny):
+    line = refusal(run_tool("benchmark", f"--model={tiny}", "--workdir="))
+    assert line.startswith("--workdir is empty")

@@ -83,10 +83,18 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(copy, refused):
     refused(load(copy), "model.safetensors", NORM, "[63]", "[64]")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.bool_])
-def test_integer_tensors_are_refused(copy, refused, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (np.int64, "save it as one of F64, F32"),
+        (np.bool_, "save it as one of F64, F32"),
+        (np.int8, "no quantization_config"),
+        (np.uint8, "no quantization_config"),
+    ],
+)
+def test_integer_tensors_are_refused(copy, refused, dtype, says):
     edit(copy, lambda t: t.__setitem__(NORM, np.ones(64, dtype)))
-    refused(load(copy), NORM, "is stored as", "F32")
+    refused(load(copy), NORM, "is stored as", says)
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(sharded, refused):
@@ -164,6 +172,26 @@ def test_a_directory_without_weights_is_refused(copy, refused):
 
 def test_a_missing_directory_is_refused(tmp_path, refused):
     refused(load(tmp_path / "nothing"), "no such directory")
+
+
+def test_a_directory_without_config_json_is_refused(copy, refused):
+    (copy / "config.json").unlink()
+    refused(load(copy), f"{copy}: holds no config.json", "give the directory of a checkpoint")
+
+
+def test_a_source_that_is_no_path_is_refused(refused):
+    refused(load(None), "the source is a NoneType", "hub id")
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(copy, companions, refused, tower):
+    for name, content in companions.items():
+        (copy / name).write_bytes(content)
+    qwen_jax.load_tokenizer(copy)
+    size = {"vocab_size": 256}
+    config = {"model_type": "qwen3_5", "text_config": size} if tower else size
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(lambda: qwen_jax.load_tokenizer(copy), "id 256", "vocab_size is 256")
 
 
 def test_a_file_given_as_source_is_refused(copy, refused):

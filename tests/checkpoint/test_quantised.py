@@ -1,10 +1,12 @@
 """Quantised layouts as published, against an independent unpacking."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from qwen_jax.checkpoint import quantised
@@ -236,10 +238,38 @@ def test_pieces_that_do_not_make_a_weight_are_refused_by_name(rng, tmp_path, ref
     refused(logical(awq | {"qweight": awq["qweight"][:95]}, AWQ), "X.qweight", "odd")
 
 
-def test_a_plain_checkpoint_does_not_hold_packed_integers(rng, tmp_path, refused):
-    pieces = pack_awq(*random_codes(rng, 4, 3))
-    store(tmp_path, pieces)
-    refused(lambda: open_checkpoint(tmp_path), "X.q", "I32")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("layout", ["gptq", "fp8"])
+def test_quantised_weights_that_config_json_does_not_tell_of(
+    rng, tmp_path, refused, layout, suffix
+):
+    pieces = {
+        "gptq": pack_gptq(*random_codes(rng, 4, 3), np.arange(N_IN) // GROUP, 4, 1),
+        "fp8": pack_fp8(rng.normal(size=(8, 8)).astype(np.float32), (4, 4)),
+    }[layout]
+    store(tmp_path, pieces, suffix=suffix)
+    parts = ("X.", "config.json has no quantization_config", "quantize_config.json")
+    message = refused(lambda: open_checkpoint(tmp_path), *parts)
+    assert "save it as" not in message
+
+
+def test_shapes_that_contradict_config_json(rng, tmp_path, refused):
+    """The piece, that which it is beside, and the fields that both go by are all named."""
+
+    def check(pieces, config, *parts):
+        spec = read_quantization(config)
+        parts = (*parts, "config.json and the weights disagree")
+        refused(lambda: quantised.logical_tensors(store(tmp_path, pieces), spec), *parts)
+
+    gptq = pack_gptq(*random_codes(rng, 4, 3), np.arange(N_IN) // GROUP, 4, 1)
+    check(gptq, GPTQ | {"group_size": 16}, "X.scales has shape [3, 40]", "[6, 40] is needed",
+          "X.qweight [12, 40]", "bits = 4 and group_size = 16")  # fmt: skip
+    check(gptq, GPTQ | {"bits": 8}, "X.scales", "X.qweight [12, 40]", "bits = 8 and group_size")
+    whole = pack_gptq(*random_codes(rng, 4, 1), np.zeros(N_IN, int), 4, 1)
+    short = whole | {"qweight": whole["qweight"][:-1]}
+    check(short, GPTQ | {"group_size": -1}, "X.g_idx", "X.qweight [11, 40]", "group_size = -1")
+    fp8 = pack_fp8(rng.normal(size=(8, 8)).astype(np.float32), (4, 4))
+    check(fp8, FP8, "X.weight_scale_inv", "X.weight [8, 8]", "weight_block_size = [128, 128]")
 
 
 def test_zero_biases_of_layers_without_one_are_dropped(rng, tmp_path, refused):
@@ -284,6 +314,25 @@ PUBLISHED = {
          "lm_head": False, "pack_dtype": "int32", "quant_method": "gptq", "sym": True},
         QuantizationSpec("gptq", 4, 128, zero_offset=1),
     ),
+    "gptq by GPTQModel 5.6": (
+        {"bits": 4, "checkpoint_format": "gptq", "desc_act": False, "format": "gptq",
+         "group_size": 128, "lm_head": False, "pack_dtype": "int32", "pack_impl": "cpu",
+         "meta": {"act_group_aware": True, "damp_percent": 0.05, "gptaq": False, "mse": 0.0,
+                  "quantizer": ["gptqmodel:5.6.12"]}, "quant_method": "gptq", "sym": True},
+        QuantizationSpec("gptq", 4, 128, zero_offset=1),
+    ),
+    "gptq by GPTQModel after 5": (
+        {"bits": 4, "checkpoint_format": "gptq_v2", "desc_act": False, "format": "gptq_v2",
+         "group_size": 32, "lm_head": False, "method": "gptq", "pack_dtype": "int32",
+         "meta": {"fallback": {"strategy": "rtn"}}, "quant_method": "gptq", "sym": True},
+        QuantizationSpec("gptq", 4, 32),
+    ),
+    "awq by GPTQModel": (
+        {"bits": 4, "checkpoint_format": "gemm", "desc_act": True, "format": "gemm",
+         "group_size": 128, "lm_head": False, "method": "awq", "pack_dtype": "int32",
+         "quant_method": "awq", "sym": False, "version": "gemm", "zero_point": True},
+        QuantizationSpec("awq", 4, 128),
+    ),
     "awq as its own writer spells it": (
         {"bits": 4, "group_size": 128, "modules_to_not_convert": [], "quant_method": "awq",
          "version": "GEMM", "zero_point": True},
@@ -308,6 +357,28 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "spec"),
+    [
+        (transformers.GPTQConfig(bits=4), QuantizationSpec("gptq", 4, 128, zero_offset=1)),
+        (transformers.GPTQConfig(bits=8, format="gptq_v2"), QuantizationSpec("gptq", 8, 128)),
+        (transformers.AwqConfig(), QuantizationSpec("awq", 4, 128)),
+        (transformers.FineGrainedFP8Config(), QuantizationSpec("fp8", 8, 128, block_rows=128)),
+    ],
+    ids=["gptq", "gptq_v2", "awq", "fp8"],
+)
+def test_what_transformers_writes_is_read(config, spec):
+    assert read_quantization(json.loads(config.to_json_string(use_diff=False))) == spec
+
+
+def test_gptq_formats_by_either_name(refused):
+    old, new = GPTQ | {"checkpoint_format": "gptq_v2"}, GPTQ | {"format": "gptq_v2"}
+    assert read_quantization(old) == read_quantization(new) == read_quantization(old | new)
+    assert read_quantization(new).zero_offset == 0
+    both = GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}
+    refused(lambda: read_quantization(both), 'checkpoint_format = "gptq"', 'format = "gptq_v2"')
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_read(name):
     raw, spec = PUBLISHED[name]
@@ -326,6 +397,8 @@ def test_whatever_a_rule_that_leaves_modules_out_says_is_read():
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["quant_method", "bitsandbytes"]),
         ({"quant_method": "compressed-tensors"}, ["quant_method", "compressed-tensors"]),
         ({"quant_method": "gguf"}, ["quant_method", "gguf"]),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, ["load_in_4bit", "bitsandbytes"]),
+        ({"load_in_8bit": True, "load_in_4bit": False}, ["load_in_8bit", "bitsandbytes"]),
         ({"bits": 4}, ["quant_method", "missing"]),
         (GPTQ | {"bits": 3}, ["bits = 3"]),
         (GPTQ | {"bits": 2}, ["bits = 2"]),
@@ -333,6 +406,8 @@ def test_whatever_a_rule_that_leaves_modules_out_says_is_read():
         (GPTQ | {"group_size": "128"}, ["group_size", "integer"]),
         (GPTQ | {"desc_act": "no"}, ["desc_act", "boolean"]),
         (GPTQ | {"checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
+        (GPTQ | {"format": "marlin"}, ["format", 'only "gptq" and "gptq_v2" are read']),
+        (GPTQ | {"method": "gptaq"}, ["method", "gptaq"]),
         (GPTQ | {"is_marlin_format": True}, ["is_marlin_format"]),
         (GPTQ | {"lm_head": True}, ["lm_head"]),
         (GPTQ | {"pack_dtype": "int16"}, ["pack_dtype"]),
@@ -341,7 +416,8 @@ def test_whatever_a_rule_that_leaves_modules_out_says_is_read():
         (GPTQ | {"dynamic": {"a\nb": {"bits": 8}}}, ["dynamic", "a\\nb"]),
         (GPTQ | {"dynamic": ["-:.*"]}, ["dynamic", "object"]),
         (AWQ | {"dynamic": {"-:.*": {}}}, ["dynamic"]),
-        (AWQ | {"version": "gemv"}, ["version", "gemv"]),
+        (AWQ | {"format": "gemv"}, ["format", "gemv"]),
+        (AWQ | {"version": "gemv"}, ["version", "gemv", 'only "gemm" is read']),
         (AWQ | {"version": "GEMV"}, ["version", "GEMV"]),
         (AWQ | {"version": 1}, ["version = 1"]),
         (FP8 | {"fmt": "E4M3"}, ["fmt", "E4M3"]),
@@ -353,8 +429,9 @@ def test_whatever_a_rule_that_leaves_modules_out_says_is_read():
         (FP8 | {"activation_scheme": "static"}, ["activation_scheme", "static"]),
         (FP8 | {"fmt": "e5m2"}, ["fmt", "e5m2"]),
         (FP8 | {"scale_fmt": "ue8m0"}, ["scale_fmt"]),
+        (FP8 | {"expert_dtype": "fp4"}, ["expert_dtype", "fp4"]),
         (FP8 | {"weight_block_size": None}, ["weight_block_size", "null"]),
-        (FP8 | {"weight_block_size": [0, 128]}, ["group"]),
+        (FP8 | {"weight_block_size": [0, 128]}, ["weight_block_size"]),
         (FP8 | {"weight_block_size": [128]}, ["weight_block_size"]),
     ],
 )

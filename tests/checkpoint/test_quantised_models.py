@@ -1,6 +1,7 @@
 """Whole models in quantised layouts: loaded both ways, and quantised by ourselves."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -8,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
@@ -27,6 +33,7 @@ from tests.checkpoint.quantised_layouts import (
     unpack_own,
 )
 from tests.reference import random_reference, reference_logits, save_reference
+from tests.reward_models import RewardModel, random_reward_model, save_reward_model
 
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12))
 
@@ -77,7 +84,8 @@ def is_linear(name: str) -> bool:
 
 def logits_of(directory, weights):
     model, params = qwen_jax.load_pretrained(directory, "float32", weights=weights)
-    return np.asarray(jax.jit(model.apply)({"params": params}, IDS).logits), params
+    out = jax.jit(model.apply)({"params": params}, IDS)
+    return np.asarray(out.hidden_states[-1] if out.logits is None else out.logits), params
 
 
 def packed_leaves(params):
@@ -118,6 +126,19 @@ def test_logits_are_those_of_the_dequantised_reference(layout, tmp_path):
     assert ids == qwen_jax.generate(model, dense, prompts, max_new_tokens=6, temperature=0.0)
 
 
+@pytest.mark.parametrize("target_format", ["hf", "orbax"])
+def test_converting_scales_that_are_no_numbers_warns_by_name(target_format, tmp_path):
+    directory = save_reference(random_reference("qwen3", num_hidden_layers=1), tmp_path / "model")
+    quantise_directory(directory, *LAYOUTS["gptq 4 bits"], is_linear)
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.scales"][0, 0] = torch.nan
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"NaN or .* {re.escape(name)}\.weight;") as warned:
+        convert(directory, tmp_path / "converted", target_format)
+    assert len(warned) == 1
+
+
 def test_weights_that_are_plain_after_all_are_refused(tmp_path):
     directory = save_reference(random_reference("qwen3", num_hidden_layers=1), tmp_path / "model")
     path = directory / "config.json"
@@ -133,7 +154,8 @@ def test_weights_that_are_plain_after_all_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        ("qwen2_moe", "gptq 8 bits out of order"),
+        ("qwen2_moe", "gptq 4 bits"),
+        ("qwen3_moe", "awq"),
         ("qwen3_moe", "gptq 8 bits out of order"),
         ("qwen3_moe", "fp8"),
         ("qwen3_next", "gptq 8 bits out of order"),
@@ -155,6 +177,45 @@ def test_fused_matrices_and_stacked_experts_stay_packed(family, layout, tmp_path
         assert experts.shape == (6, 64, 40)
 
 
+def sequence_classifier():
+    fields = {"num_labels": 3, "pad_token_id": 7, "num_hidden_layers": 1}
+    return random_reference("qwen3", 3, AutoModelForSequenceClassification, **fields)
+
+
+def token_classifier():
+    fields = {"num_labels": 5, "num_hidden_layers": 1}
+    return random_reference("qwen2", 4, AutoModelForTokenClassification, **fields)
+
+
+HEADS = {
+    "two layers of scores": lambda: random_reward_model(2, 5, num_hidden_layers=1),
+    "scores of a text": sequence_classifier,
+    "scores of tokens": token_classifier,
+    "none": lambda: random_reference("qwen3", 6, AutoModel, num_hidden_layers=1),
+}
+
+
+@pytest.mark.parametrize("layout", ["gptq 4 bits", "fp8"])
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads_are_those_of_the_dequantised_reference(head, layout, tmp_path):
+    """Scores, or without a head the final hidden states, at every token."""
+    reference = HEADS[head]()
+    save = save_reward_model if isinstance(reference, RewardModel) else save_reference
+    directory = save(reference, tmp_path / "model")
+
+    def outputs():
+        base = getattr(reference, "model", reference)
+        with torch.no_grad():
+            hidden = base(torch.as_tensor(IDS), use_cache=False).last_hidden_state
+            return getattr(reference, "score", torch.nn.Identity())(hidden).numpy()
+
+    original = outputs()
+    reference.load_state_dict(quantise_directory(directory, *LAYOUTS[layout], is_linear))
+    assert np.abs(outputs() - original).max() > 1e-2
+    packed = check_both_ways(directory, outputs(), most=1.7 if "8" in layout else 1)
+    assert len(packed_leaves(packed)) == 7
+
+
 QWEN1 = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "vocab_size": 320,
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 16,
@@ -164,7 +225,7 @@ QWEN1 = {
 }  # fmt: skip
 
 
-def test_fused_projections_and_the_zero_biases_beside_them(tmp_path, refused):
+def qwen1_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     tensors = {
         "transformer.wte.weight": torch.randn(320, 64),
@@ -183,11 +244,18 @@ def test_fused_projections_and_the_zero_biases_beside_them(tmp_path, refused):
             "mlp.c_proj.weight": torch.randn(64, 96) / 10,
         }
         tensors |= {f"transformer.h.{i}.{name}": value for name, value in layer.items()}
-    plain, directory = tmp_path / "plain", tmp_path / "model"
-    for folder in (plain, directory):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(QWEN1))
-        save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def write_qwen1(directory):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(QWEN1))
+    save_file(qwen1_tensors(), directory / "model.safetensors")
+    return directory
+
+
+def test_fused_projections_and_the_zero_biases_beside_them(tmp_path, refused):
+    plain, directory = write_qwen1(tmp_path / "plain"), write_qwen1(tmp_path / "model")
     dense = quantise_directory(directory, *LAYOUTS["gptq 4 bits"], is_linear)
     save_file(dense, plain / "model.safetensors")
     stored = load_file(directory / "model.safetensors")
@@ -206,9 +274,19 @@ def plain(tmp_path_factory):
     return save_reference(random_reference("qwen3_moe", num_hidden_layers=2), directory)
 
 
+@pytest.fixture(scope="module")
+def families(plain, tmp_path_factory):
+    """Directories of models with experts, with the delta rule besides, with fused projections."""
+    root = tmp_path_factory.mktemp("families")
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    hybrid = save_reference(random_reference("qwen3_next", **layers), root / "hybrid")
+    return {"qwen3_moe": plain, "qwen3_next": hybrid, "qwen": write_qwen1(root / "qwen")}
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_what_we_quantise_loads_as_our_description_says(quantize, plain, tmp_path):
-    bits = int(quantize[3:])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen"])
+def test_what_we_quantise_loads_as_our_description_says(family, quantize, families, tmp_path):
+    plain, bits = families[family], int(quantize[3:])
     target = tmp_path / "target"
     written = convert(plain, target, "hf", quantize=quantize)
     raw = json.loads((target / "config.json").read_text())
@@ -241,8 +319,14 @@ def test_what_we_quantise_loads_as_our_description_says(quantize, plain, tmp_pat
     by_hand = shutil.copytree(plain, tmp_path / "by_hand")
     save_file(dense, by_hand / "model.safetensors", {"format": "pt"})
     expected, _ = logits_of(by_hand, "dense")
-    packed = check_both_ways(target, expected, most=1.1 if bits == 8 else 0.7)
-    model, dense = qwen_jax.load_pretrained(target, "float32")
+    check_both_ways(target, expected, most=1.1 if bits == 8 else 0.7)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_what_we_quantise_generates_the_same_packed_or_not(quantize, plain, tmp_path):
+    convert(plain, tmp_path / "target", "hf", quantize=quantize)
+    model, dense = qwen_jax.load_pretrained(tmp_path / "target", "float32")
+    packed = qwen_jax.load_pretrained(tmp_path / "target", "float32", weights="packed")[1]
     prompts = [[1, 2, 3], [4, 5]]
     ids = qwen_jax.generate(model, packed, prompts, max_new_tokens=6, temperature=0.0)
     assert ids == qwen_jax.generate(model, dense, prompts, max_new_tokens=6, temperature=0.0)

@@ -1,5 +1,7 @@
 """Vectors and scores of texts against the published recipes in PyTorch."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -155,19 +157,23 @@ def test_in_half_precision_vectors_are_unit_float32(texts, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, p: scoring.embed(m, p, [[1], []]), "text 1 is empty"),
-        (lambda m, p: scoring.embed(m, p, [[320]]), "text 0: token id 320 is outside"),
-        (lambda m, p: scoring.embed(m, p, ["words"]), "text 0 should be a list of token ids"),
-        (lambda m, p: scoring.embed(m, p, [[1]], 65), "dimensions = 65 .* 1 to hidden_size = 64"),
-        (lambda m, p: scoring.embed(m, p, [[1]], 0), "dimensions = 0 .* 1 to hidden_size = 64"),
-        (lambda m, p: scoring.head_scores(m, p, [[1]]), "head is none, .* one of: score, "),
-        (lambda m, p: scoring.token_scores(m, p, [[1]]), "head is none, .* one of: score, "),
-        (lambda m, p: scoring.step_rewards(m, p, [[1]], 3), "0 labels, where step rewards"),
-        (lambda m, p: scoring.rerank_scores(m, p, [[1]], 1, 2), "head is none, .*: vocabulary"),
-        (lambda m, p: qwen_jax.generate(m, p, [[1]]), "head is none, so that it writes no text"),
+        (lambda m, p: scoring.embed(m, p, [[1], []]), r"texts\[1\] is empty"),
+        (lambda m, p: scoring.embed(m, p, [[320]]), r"texts\[0\]: token id 320 is outside"),
+        (lambda m, p: scoring.embed(m, p, ["words"]), r"texts\[0\] should be a list of token ids"),
+        (lambda m, p: scoring.embed(m, p, [[1]], 65), "dimensions = 65 .* from 1 to 64"),
+        (lambda m, p: scoring.embed(m, p, [[1]], 0), "dimensions = 0 .* from 1 to 64"),
+        (lambda m, p: scoring.embed(m, p, [[1]], 2.5), "dimensions = 2.5 should be an integer"),
+        (lambda m, p: scoring.embed(m, p, [], True), "dimensions = True should be an integer"),
+        (lambda m, p: scoring.embed(m, p, [[1]], batch_size=0), "batch_size = 0 .* at least 1"),
+        (lambda m, p: scoring.embed(m, p, [], batch_size=1.5), "batch_size = 1.5 should be an int"),
+        (lambda m, p: scoring.head_scores(m, p, [[1]]), "an embedder .* has no such labels"),
+        (lambda m, p: scoring.token_scores(m, p, [[1]]), "an embedder .* has no such labels"),
+        (lambda m, p: scoring.step_rewards(m, p, [[1]], 3), "an embedder .* has no such label"),
+        (lambda m, p: scoring.rerank_scores(m, p, [[1]], 1, 2), "an embedder .*; take a reranker"),
+        (lambda m, p: qwen_jax.generate(m, p, [[1]]), "writes no text; tools.embed makes"),
     ],
-    ids=["empty", "outside", "words", "too many", "too few", "no head", "no token head",
-         "no steps", "no vocabulary", "generate"],
+    ids=["empty", "outside", "words", "too many", "too few", "half", "boolean", "no batch",
+         "half batch", "no head", "no token head", "no steps", "no vocabulary", "generate"],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(embedder, call, message):
     _, model, params = embedder
@@ -182,8 +188,25 @@ def test_an_answer_outside_the_vocabulary_is_refused(tmp_path):
         scoring.rerank_scores(model, params, [[1]], 1, 320)
 
 
+def test_steps_need_two_labels(texts, tmp_path):
+    reference = random_reward_model(1, 28)
+    model, params = qwen_jax.load_pretrained(save_reward_model(reference, tmp_path / "model"))
+    with pytest.raises(qwen_jax.UserError, match="has 1 label, where step rewards are of two"):
+        scoring.step_rewards(model, params, texts, STEP)
+
+
 def test_scores_that_are_not_numbers_are_refused(embedder, texts):
     _, model, params = embedder
     broken = {**params, "norm": {"weight": params["norm"]["weight"].at[3].set(np.nan)}}
-    with pytest.raises(qwen_jax.UserError, match=r"text \d: its scores are NaN or infinite in fl"):
+    with pytest.raises(scoring.NonfiniteScoresError) as caught:
         scoring.embed(model, broken, texts)
+    message = f"texts[{caught.value.index}]: its scores are NaN or infinite in float32; download "
+    assert str(caught.value) == message + "the checkpoint again"
+
+
+def test_in_half_precision_a_wider_dtype_may_help(embedder, texts):
+    _, model, params = embedder
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half["norm"]["weight"] = half["norm"]["weight"].at[3].set(np.inf)
+    with pytest.raises(scoring.NonfiniteScoresError, match=r"in bfloat16; .*, or load it as fl"):
+        scoring.embed(model, half, texts[:1])

@@ -22,7 +22,9 @@ import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.config import HeadKind
 from qwen_jax.hf_config import load_config, read_hf_config, write_hf_config
+from tests.models.passes import check_cached_pieces
 from tests.reference import forget_lengths, quiet, random_reference, save_reference
+from tests.renderings.guard import LEVELS, random_guard, save_guard
 from tests.reward_models import ARCHITECTURES, random_reward_model, save_reward_model
 
 TOLERANCE = 1e-4
@@ -209,6 +211,53 @@ def test_a_reward_model_may_come_with_the_head_of_its_language_model(reward, tmp
     assert convert(published, tmp_path / "converted", "hf").num_left_out == 1
     written = safetensors.torch.load_file(tmp_path / "converted" / "model.safetensors")
     assert written.keys() == reference.state_dict().keys()
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    reference = random_guard(19)
+    directory = save_guard(reference, tmp_path_factory.mktemp("model"))
+    return reference, directory, *qwen_jax.load_pretrained(directory)
+
+
+def test_a_guard_judges_every_token_as_its_formulas_say(guard):
+    reference, _, model, params = guard
+    assert model.config.guard.widths == (3, 8, 3, 9)
+    ids, mask = padded_ids("right")
+    with torch.no_grad():
+        expected = reference(torch.as_tensor(ids), torch.as_tensor(mask))
+    logits = model.apply({"params": params}, ids, mask).logits
+    assert logits.dtype == np.float32
+    real = mask.astype(bool)
+    assert logits[real].std() > 0.5
+    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def test_a_guard_decodes_with_a_cache(guard):
+    _, _, model, params = guard
+    check_cached_pieces(model, params, [5, 1, 3], 6, range(3))
+
+
+def test_a_guard_is_written_under_the_published_names(guard, tmp_path):
+    reference, directory, model, params = guard
+    qwen_jax.save_pretrained(tmp_path / "ours", model.config, params)
+    convert(directory, tmp_path / "orbax", "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back", "hf")
+    original = reference.state_dict()
+    for name in ("ours", "back"):
+        written = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        assert written.keys() == original.keys()
+        assert all(torch.equal(original[name], written[name]) for name in original)
+        assert load_config(tmp_path / name) == dataclasses.replace(model.config, dtype="float32")
+    kept = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert kept["response_risk_level_map"] == LEVELS
+
+
+def test_a_guard_without_its_sizes_is_refused(guard):
+    raw = json.loads((guard[1] / "config.json").read_text())
+    del raw["num_query_category"]
+    with pytest.raises(qwen_jax.UserError, match="num_query_category is missing and needed"):
+        read_hf_config(raw)
 
 
 def test_a_classifier_with_a_head_of_a_language_model_is_refused(sequence, tmp_path):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from transformers import AutoModel
 
 import qwen_jax
 from tests.reference import random_reference, save_reference
+from tests.reward_models import random_reward_model, save_reward_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +54,8 @@ def test_there_and_back_says_in_one_line_what_was_written(source, tmp_path):
         (("--source={source}", "--target={target}", "--format=hf", "--dtype=int8"), "int8"),
         (("--source={source}", "--target={source}", "--format=hf"), "exists already"),
         (("--source={target}", "--target={target}", "--format=hf"), "no such directory"),
+        (("--source={source}", "--target=", "--format=hf"), "--target is empty"),
+        (("--source=", "--target={target}", "--format=hf"), "the source is empty"),
     ],
 )
 def test_bad_input_ends_as_one_line_and_status_1(source, tmp_path, arguments, part):
@@ -68,3 +72,21 @@ def test_help_shows_an_example_and_the_flags():
     assert (done.returncode, done.stderr) == (0, "")
     assert "python -m tools.convert --source=" in done.stdout
     assert "--format: <hf|orbax>" in done.stdout
+    flags = " ".join(done.stdout.split())
+    assert "<int8|int4>: With --format=hf: " in flags
+    assert "With --quantize, of language models: " in flags
+
+
+def test_predictions_of_a_model_that_makes_none_are_refused_before_writing(tmp_path):
+    embedder = random_reference("qwen3", 0, AutoModel, num_hidden_layers=1)
+    save_reference(embedder, tmp_path / "embedder")
+    save_reward_model(random_reward_model(1, num_hidden_layers=1), tmp_path / "reward")
+    for name, kind in (("embedder", "an embedder"), ("reward", "a reward model")):
+        source, target = tmp_path / name, tmp_path / "target"
+        arguments = (f"--source={source}", f"--target={target}", "--format=hf", "--quantize=int8")
+        done = run(*arguments, "--measure")
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"{source}: the model is {kind}")
+        assert line.endswith("of the next token, which --measure compares; leave it out")
+        assert not target.exists()

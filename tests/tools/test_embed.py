@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from transformers import (
     AutoModel,
@@ -16,7 +17,10 @@ from transformers import (
 )
 
 import qwen_jax
+from tests.checkpoint.quantised_layouts import quantise_directory
+from tests.checkpoint.test_quantised_models import LAYOUTS, is_linear
 from tests.reference import random_reference, save_reference
+from tests.renderings.guard import random_guard, save_guard
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.text.chat_templates import QWEN25
 from tests.text.real_vocabulary import byte_characters
@@ -62,6 +66,17 @@ LINES = {
     "stepless": [{"messages": CHAT[:1], "steps": []}],
     "listed": [{"messages": [CHAT[0], {"role": "assistant", "content": ["x"]}]}],
     "long": [{"text": "x"}, {"text": "a" * 400}],
+    "null": [{"text": None}],
+    "null pair": [{"query": "x", "document": None}],
+    "instructed": [{"text": "x", "instruction": 3}],
+    "twice": [{"messages": CHAT, "steps": ["Four."]}],
+    "null step": [{"messages": CHAT[:1], "steps": [None]}],
+    "vector": [{"text": "x"}, {"text": "x", "vector": 1}],
+    "score": [{"query": "x", "document": "y", "score": 1}],
+    "rewarded": [{"text": "x", "score": None}],
+    "scores": [{"text": "x", "score": 1, "scores": 1}],
+    "labels": [{"text": "x", "labels": []}],
+    "nothing and a task": [{"text": ""}, {"text": "", "instruction": None, "score": 3}],
 }
 
 
@@ -94,6 +109,7 @@ def references():
         ),
         "reward": random_reward_model(1, 35, **SMALL),
         "process": random_reward_model(2, 36, **SMALL),
+        "guard": random_guard(37),
     }
 
 
@@ -101,18 +117,35 @@ def references():
 def models(references, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name, reference in references.items():
-        save = save_reward_model if name in ("reward", "process") else save_reference
+        saves = {"reward": save_reward_model, "process": save_reward_model, "guard": save_guard}
+        save = saves.get(name, save_reference)
         write_tokenizer(save(reference, root / name))
-    (root / "wordless").mkdir()
-    for path in (root / "embedder").iterdir():
-        (root / "wordless" / path.name).symlink_to(path)
-    (root / "wordless" / "tokenizer_config.json").unlink()
+    linked(root / "embedder", root / "wordless", without="tokenizer_config.json")
+    linked(root / "classifier", root / "ambiguous", without="config.json")
+    config = json.loads((root / "classifier" / "config.json").read_text())
+    config["id2label"] = {"0": "good", "1": "fair", "2": "good"}
+    (root / "ambiguous" / "config.json").write_text(json.dumps(config))
+    linked(root / "embedder", root / "broken", without="model.safetensors")
+    weights = safetensors.numpy.load_file(root / "embedder" / "model.safetensors")
+    # The letter z, which one line has.
+    weights["embed_tokens.weight"][list(byte_characters()).index("z"), 3] = np.nan
+    safetensors.numpy.save_file(weights, root / "broken" / "model.safetensors", {"format": "pt"})
     shutil.copytree(root / "reranker", root / "answerless")
     vocabulary = (root / "answerless" / "vocab.json").read_text(encoding="utf-8")
     vocabulary = vocabulary.replace('"yes"', '"yea"')
     (root / "answerless" / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (root / "answerless" / "merges.txt").write_text("#version: 0.2\nn o\ny e\nye a\n")
+    for model in list(root.iterdir()):
+        linked(model, root / "weightless" / model.name, without="model.safetensors")
     return root
+
+
+def linked(source, target, without):
+    """A directory with the files of another but one."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name != without:
+            (target / path.name).symlink_to(path)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +161,12 @@ def files(tmp_path_factory):
         (directory / f"{name}.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
     (directory / "broken.jsonl").write_text('{"text": "x"}\n{"text":')
     (directory / "list.jsonl").write_text("[1]")
+    (directory / "string.jsonl").write_text('"x"')
+    (directory / "none.jsonl").write_text("null")
+    (directory / "pretty.jsonl").write_text(json.dumps({"text": "x"}, indent=2))
+    (directory / "nan.jsonl").write_text('{"text": "x", "note": [NaN]}')
+    (directory / "huge.jsonl").write_text('{"text": "x", "note": -1e999}')
+    (directory / "unknown letter.jsonl").write_text('{"text": "x"}\n\n{"text": "z"}')
     (directory / "empty.jsonl").write_text("\n")
     (directory / "surrogate.jsonl").write_text('{"text": "x", "note": "\\ud800"}')
     return directory
@@ -144,13 +183,15 @@ WRITES = {
     "step_reward": ("process", "solutions", []),
     "classify": ("classifier", "chats", []),
     "tokens": ("tagger", "chats", []),
+    "guard": ("guard", "chats", []),
     "surrogate": ("embedder", "surrogate", []),
     "longer": ("embedder", "long", ["--allow_longer"]),
+    "nothing said": ("embedder", "nothing and a task", []),
 }
 REFUSES = {
     "silent": ("embedder", "silent", [], "{file}:1: needs text; has prompt"),
     "half pair": ("reranker", "half pair", [], "{file}:1: needs document; has query"),
-    "number": ("embedder", "number", [], "{file}:1: text: must be a string"),
+    "number": ("embedder", "number", [], "{file}:1: text should be a string, is 3"),
     "both": ("classifier", "both", [], "{file}:1: needs either text or messages; has text, mess"),
     "nothing said": ("classifier", "nothing said", [], "{file}:1: the text is empty"),
     "nobody": ("reward", "nobody", [], "{file}:1: messages[0]: needs a role"),
@@ -158,25 +199,55 @@ REFUSES = {
     "stepless": ("process", "stepless", [], "{file}:1: steps should be a list of texts"),
     "listed": ("process", "listed", [], "{file}:1: the content of the assistant's last message"),
     "long": ("embedder", "long", [], "{file}:3: 401 tokens are longer than max_position_embeddi"),
-    "broken": ("embedder", "broken", [], "{file}:2: not valid JSON"),
-    "list": ("embedder", "list", [], "{file}:1: should hold an object, holds a list"),
+    "broken": ("embedder", "broken", [], "{file}:2: not valid JSON (Expecting value at column"),
+    "list": ("embedder", "list", [], "{file}:1: should be an object, is an array; write "),
     "empty": ("embedder", "empty", [], "{file}: holds no lines"),
     "absent": ("embedder", "absent", [], "{file}: cannot be read (No such file"),
     "no model": ("nowhere", "texts", [], "{model}: no such directory"),
     "wordless": ("wordless", "texts", [], "{file}:1: the tokenizer has no token <|endoftext|>"),
     "answerless": ("answerless", "pairs", [], "{model}: the vocabulary has no tokens \"no\" and"),
-    "dimensions": ("embedder", "texts", ["--dimensions=65"], "dimensions = 65 should be from 1"),
+    "dimensions": ("embedder", "texts", ["--dimensions=65"], "{model}: dimensions = 65 should b"),
     "cut scores": ("reranker", "pairs", ["--dimensions=3"], "--dimensions is for --task=embed"),
     "told to score": ("reward", "chats", ["--instruction=x"], "--instruction is for --task=embed"),
-    "no vocabulary": ("embedder", "pairs", [], "the model's head is none, where this needs one"),
-    "no labels": ("reranker", "chats", ["--task=classify"], "the model's head is vocabulary, wh"),
-    "no reward": ("classifier", "chats", ["--task=reward"], "a reward is one label, the model ha"),
-    "no steps": ("reward", "solutions", ["--task=step_reward"], "the model has 1 labels, where"),
+    "string": ("embedder", "string", [], "{file}:1: should be an object, is a string; write one"),
+    "none": ("embedder", "none", [], "{file}:1: should be an object, is null; write one object"),
+    "pretty": ("embedder", "pretty", [], "{file}:1: not valid JSON (Expecting property name enclos"
+               "ed in double quotes at column 2); write one object a line"),
+    "nan": ("embedder", "nan", [], "{file}:1: not valid JSON (NaN is not a finite number)"),
+    "huge": ("embedder", "huge", [], "{file}:1: not valid JSON (-1e999 is not a finite number)"),
+    "null": ("embedder", "null", [], "{file}:1: text should be a string, is null"),
+    "null pair": ("reranker", "null pair", [], "{file}:1: document should be a string, is null"),
+    "null chat": ("reward", "null", [], "{file}:1: text should be a string, is null"),
+    "instructed": ("embedder", "instructed", [], "{file}:1: instruction should be a string, is 3"),
+    "twice": ("process", "twice", [], "{file}:1: messages end with the assistant's, and "),
+    "null step": ("process", "null step", [], "{file}:1: step 1 should be a text without <extra_0"),
+    "vector": ("embedder", "vector", [], "{file}:3: the results have a field vector too; rename"),
+    "score": ("reranker", "score", [], "{file}:1: the results have a field score too; rename"),
+    "rewarded": ("reward", "rewarded", [], "{file}:1: the results have a field score too; rename"),
+    "scores": ("classifier", "scores", [], "{file}:1: the results have a field scores too; rena"),
+    "labels": ("tagger", "labels", [], "{file}:1: the results have a field labels too; rename"),
+    "two names": ("ambiguous", "chats", [], "{model}/config.json: id2label has 2 labels of the na"),
+    "no vocabulary": ("embedder", "pairs", [], "{model}: the model is an embedder without an out"
+                      "put head, which cannot answer yes or no; take a reranker\n"),
+    "no labels": ("reranker", "chats", ["--task=classify"], "{model}: the model is a language mod"
+                  "el, which has no such labels; take a classifier or a reward model\n"),
+    "no reward": ("classifier", "chats", ["--task=reward"], "{model}: the model has 3 labels, whe"
+                  "re a reward is one; take a reward model, or give --task=classify\n"),
+    "steps": ("process", "chats", ["--task=reward"], "{model}: the model has 2 labels, where a re"
+              "ward is one; take a reward model, or give --task=step_reward\n"),
+    "no labels of classes": ("guard", "chats", ["--task=classify"], "{model}: the model is a gua"),
+    "no risks": ("classifier", "chats", ["--task=guard"], "{model}: the model is a sequence cla"),
+    "no steps": ("reward", "solutions", ["--task=step_reward"], "{model}: the model has 1 label, "
+                 "where step rewards are of two; take a process reward model, or give --task=re"),
     "no such task": ("embedder", "texts", ["--task=guess"], "flag --task=guess: value should be"),
     "no batch": ("embedder", "texts", ["--batch_size=0"], "flag --batch_size=0"),
     "not packed": ("embedder", "texts", ["--weights=packed"], "{model}: is not quantised, so"),
     "taken": ("embedder", "texts", ["--workdir={taken}"], "{taken}/embed: exists already"),
     "file as workdir": ("embedder", "texts", ["--workdir={file}"], "{file}/embed: cannot be wri"),
+    "no place": ("embedder", "texts", ["--workdir=/proc/zz"], "/proc/zz/embed: cannot be written"),
+    "empty workdir": ("embedder", "texts", ["--workdir="], "--workdir is empty; give a path"),
+    "empty input": ("embedder", "texts", ["--input="], "--input is empty; give a path"),
+    "nobody's input": ("embedder", "texts", ["--input=~nobody-at-all/x"], "--input=~nobody-at-al"),
 }  # fmt: skip
 
 
@@ -189,6 +260,9 @@ def results(models, files, environment, tmp_path_factory):
     (root / "taken" / "embed" / "results.jsonl").write_text("precious")
     lines = []
     for name, (model, file, more) in cases.items():
+        # What is refused is refused before weights are read.
+        if name.startswith("refuse "):
+            model = f"weightless/{model}"
         places = {"taken": root / "taken", "file": files / f"{file}.jsonl"}
         source = [f"--model={models / model}", f"--input={files / file}.jsonl"]
         lines.append([*source, f"--workdir={root / name}", *(f.format(**places) for f in more)])
@@ -330,6 +404,18 @@ def test_tokens_have_labels(written, references, tokenizer):
         np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_a_guard_judges_tokens_by_name(written, references, tokenizer):
+    _, rows = written("guard", "guard")
+    for row in rows:
+        ids = chat_ids(tokenizer, row)
+        expected = run(references["guard"], ids)[0]
+        assert row["tokens"] == [tokenizer.decode(i) for i in ids]
+        assert list(row["scores"][0]["risk_level"]) == ["Safe", "Unsafe", "Controversial"]
+        assert list(row["scores"][0]["query_category"])[:2] == ["Violent", "LABEL_1"]
+        scores = [[s for part in token.values() for s in part.values()] for token in row["scores"]]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_a_run_tells_what_it_was_made_with(written, models):
     folder, _ = written("cut", "embed")
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -359,7 +445,7 @@ def test_a_text_beyond_the_positions_runs_where_allowed(results):
 def test_bad_input_is_refused_in_one_line(name, results, models, files):
     workdir, code, out, err = results[f"refuse {name}"]
     model, file, _, message = REFUSES[name]
-    places = {"model": models / model, "file": files / f"{file}.jsonl"}
+    places = {"model": models / "weightless" / model, "file": files / f"{file}.jsonl"}
     places["taken"] = workdir.parent / "taken"
     assert (code, out) == (1, "")
     assert err.startswith(message.format(**places)), err
@@ -367,9 +453,67 @@ def test_bad_input_is_refused_in_one_line(name, results, models, files):
     assert not workdir.exists()
 
 
-def test_generating_with_an_embedder_says_what_to_do(run_tool, models):
-    line = refusal(run_tool("generate", f"--model={models / 'embedder'}", "--prompt=x"))
-    assert line.startswith("the model's head is none, so that it writes no text; tools.embed")
+def test_an_empty_document_has_a_vector(written, references, tokenizer):
+    _, rows = written("nothing said", "embed")
+    check_vectors(rows, references["embedder"], tokenizer, ["", ""])
+    assert rows[1]["score"] == 3
+
+
+def test_scores_that_are_not_numbers_name_their_line(run_tool, models, files, tmp_path):
+    file = files / "unknown letter.jsonl"
+    done = run_tool(
+        "embed", f"--model={models / 'broken'}", f"--input={file}", f"--workdir={tmp_path / 'new'}"
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    warning, line = done.stderr.splitlines()
+    assert warning.startswith("warning: ")
+    assert line == (
+        f"{file}:3: its scores are NaN or infinite in float32; download the checkpoint again"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "model", "what"),
+    [
+        ("generate", "embedder", "an embedder without an output head"),
+        ("generate", "process", "a reward model"),
+        ("chat", "tagger", "a token classifier"),
+    ],
+)
+def test_what_writes_no_text_is_refused_before_its_weights_are_read(
+    run_tool, models, tool, model, what
+):
+    directory = models / "weightless" / model
+    prompt = ["--prompt=x"] if tool == "generate" else []
+    line = refusal(run_tool(tool, f"--model={directory}", *prompt))
+    assert line == (
+        f"{directory}: the model is {what}, which writes no text; tools.embed makes vectors and "
+        "scores with it"
+    )
+
+
+@pytest.fixture(scope="module")
+def bare(models, tmp_path_factory):
+    """An embedder of which the tensors alone tell that it is one; quantised."""
+    directory = tmp_path_factory.mktemp("bare")
+    save_reference(random_reference("qwen3", 37, AutoModel, **SMALL), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config))
+    quantise_directory(directory, *LAYOUTS["gptq 4 bits"], is_linear)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("tool", ["embed", "generate"])
+def test_what_the_tensors_tell_is_refused_in_one_line_too(run_tool, bare, files, tmp_path, tool):
+    given = {
+        "embed": [f"--input={files / 'pairs.jsonl'}", f"--workdir={tmp_path / 'new'}"],
+        "generate": ["--prompt=x"],
+    }
+    line = refusal(run_tool(tool, f"--model={bare}", *given[tool]))
+    assert line.startswith(f"{bare}: the model is an embedder without an output head, which ")
 
 
 def test_help_lists_every_flag(run_tool):

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import qwen_jax
+from qwen_jax.config import RopeKind
 from tests.text.chat_templates import QWEN3
 from tests.tools.conftest import DEFAULTS, ROOT, refusal, start_tool
 
@@ -180,6 +181,8 @@ REFUSES = {
                      "flag --thinking_budget=-1"),
     "thoughtless": (["--prompt=x", "--chat", "--thinking_budget=3", "--model={thoughtless}"],
                     "thinking_budget: the tokenizer has no token <think>"),
+    "infill alone": (["--infill"], "--infill takes --input=FILE.jsonl, and neither --chat nor"),
+    "empty input": (["--input="], "--input is empty; give a path"),
     "infill prompt": (["--prompt=x", "--infill"], "--infill takes --input=FILE.jsonl"),
     "infill chat": (["--input={files}/holes.jsonl", "--infill", "--chat"], "--infill takes"),
     "infill without": (["--input={files}/holes.jsonl", "--infill"],
@@ -210,10 +213,10 @@ REFUSES = {
     "folder input": (["--input={files}"], "{files}: cannot be read (Is a directory)"),
     "latin input": (["--input={files}/latin.jsonl"], "{files}/latin.jsonl: is not UTF-8 text"),
     "blank": (["--input={files}/blank.jsonl"], "{files}/blank.jsonl: holds no lines"),
-    "broken": (["--input={files}/broken.jsonl"], "{files}/broken.jsonl:3: not valid JSON"),
+    "broken": (["--input={files}/broken.jsonl"], "{files}/broken.jsonl:3: not valid JSON (Untermi"),
     "nested": (["--input={files}/nested.jsonl"], "{files}/nested.jsonl:1: not valid JSON"),
     "number": (["--input={files}/number.jsonl"], "{files}/number.jsonl:1: not valid JSON"),
-    "list": (["--input={files}/list.jsonl"], "{files}/list.jsonl:1: should hold an object"),
+    "list": (["--input={files}/list.jsonl"], "{files}/list.jsonl:1: should be an object, is"),
     "wordless": (["--input={files}/wordless.jsonl"], "{files}/wordless.jsonl:1: prompt should be"),
     "silent": (["--input={files}/silent.jsonl"], "{files}/silent.jsonl:1: needs prompt; has text"),
     "chat as text": (["--input={files}/chats.jsonl"], "{files}/chats.jsonl:1: messages needs --ch"),
@@ -469,6 +472,14 @@ def test_help_lists_every_flag(run_tool):
     assert len(defined) > 20
     for name in defined:
         assert f"--{name}: " in result.stdout or f"--[no]{name}: " in result.stdout
+    assert ".;" not in result.stdout
+    parts = result.stdout.split("\n  --")
+    described = {part.partition(":")[0]: " ".join(part.split()) for part in parts}
+    for name in ("[no]thinking", "thinking_budget"):
+        assert "needs --chat" in described[name]
+    for word in (*RopeKind, "original", "attention_factor", "beta_fast", "truncate"):
+        # The stepped kind is read of a checkpoint, no flag can ask for it.
+        assert (word in described["rope"]) == (word != RopeKind.STEPPED_NTK)
 
 
 @pytest.mark.parametrize(

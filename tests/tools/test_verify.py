@@ -6,9 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
+from configs.models import get_preset
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.parity import compare_with_reference
+from qwen_jax.hf_config import write_hf_config
+from tests.reward_models import random_reward_model, save_reward_model
 from tests.tools.conftest import refusal
 
 
@@ -48,6 +51,27 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(run_tool, checkpoint, t
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
     assert str(directory) in refusal(run_tool("verify", f"--model={directory}"))
+
+
+def test_of_a_reward_model_the_table_says_what_is_not_compared(run_tool, tmp_path):
+    directory = save_reward_model(random_reward_model(1, num_hidden_layers=1), tmp_path / "reward")
+    result = run_tool("verify", f"--model={directory}", "--tokens=8")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [" ".join(line.split()[:-3]) for line in lines[1:-1]] == ["embeddings", "final norm"]
+    assert lines[-1] == (
+        "the two_layer_score head is not compared: transformers has no class for it"
+    )
+
+
+def test_a_model_that_transformers_has_no_class_for_is_refused_plainly(run_tool, tmp_path):
+    config = write_hf_config(get_preset("qwen-1_8b"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refusal(run_tool("verify", f"--model={tmp_path}")) == (
+        f"transformers cannot load {tmp_path}: it has no class for model_type qwen, and code that "
+        "a checkpoint brings is not run; there is nothing to compare with"
+    )
 
 
 def test_an_orbax_checkpoint_is_to_be_converted_first(checkpoint, tmp_path):
