@@ -1,4 +1,4 @@
-"""Makes vectors or scores with embedders, rerankers, reward models and classifiers.
+"""Makes vectors or scores with embedders, rerankers, reward models, classifiers and guards.
 
     python -m tools.embed --model=Qwen/Qwen3-Embedding-0.6B --input=texts.jsonl --workdir=results
     python -m tools.embed --model=Qwen/Qwen3-Reranker-0.6B --input=pairs.jsonl --workdir=results
