@@ -171,29 +171,16 @@ def render_chat(
     return template_engine.render(program, template, {**(named_tokens or {}), **variables})
 
 
-def encode_chat(
-    templates: ChatTemplates,
-    messages: Sequence[Mapping[str, Any]],
-    added_tokens: Sequence[AddedToken],
-    encode: Callable[[str], list[int]],
-    encode_plain: Callable[..., list[int]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
-    named_tokens: Mapping[str, str] | None = None,
-    template_variables: Mapping[str, Any] | None = None,
+def encode_chatml(
+    text: str, added_tokens: Sequence[AddedToken], encode_plain: Callable[..., list[int]]
 ) -> list[int]:
-    """The conversation as ids, where control tokens in anybody's words are control ids.
+    """Ids of what the built-in template wrote, with every added token in it as its id.
 
-    Arguments as in `encode_chat_safely`; `encode` gives the ids of text with control tokens.
-
-    Raises:
-      UserError: as `render_chat`.
+    Args:
+      text: from `render_chat`.
+      added_tokens: the tokenizer's added tokens.
+      encode_plain: ids of text without them.
     """
-    text = render_chat(
-        templates, messages, tools, add_generation_prompt, named_tokens, template_variables
-    )
-    if templates.choose(tools) is not CHATML:
-        return encode(text)
     tokens, marks = [token.content for token in added_tokens], control_tokens.choose_marks([text])
     return control_tokens.encode_marked(
         text, added_tokens, tokens, marks, _head_apart(encode_plain)

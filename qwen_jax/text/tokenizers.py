@@ -8,9 +8,10 @@ from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import (
+    CHATML,
     ChatTemplates,
-    encode_chat,
     encode_chat_safely,
+    encode_chatml,
     read_chat_templates,
     render_chat,
 )
@@ -181,13 +182,18 @@ class Tokenizer:
             "named_tokens": self.config.named_tokens,
             "template_variables": template_variables,
         }
-        if not tokenize:
-            return render_chat(self.chat_templates, messages, **arguments)
-        parts = (self.chat_templates, messages, self.vocabulary.added_tokens)
+        added = self.vocabulary.added_tokens
         encode_plain = functools.partial(self.encode, allow_special=False)
-        if allow_special:
-            return encode_chat(*parts, self.encode, encode_plain, **arguments)
-        return encode_chat_safely(*parts, encode_plain, **arguments)
+        if tokenize and not allow_special:
+            return encode_chat_safely(
+                self.chat_templates, messages, added, encode_plain, **arguments
+            )
+        text = render_chat(self.chat_templates, messages, **arguments)
+        if not tokenize:
+            return text
+        if self.chat_templates.choose(tools) is CHATML:
+            return encode_chatml(text, added, encode_plain)
+        return self.encode(text)
 
     def _named_id(self, name: str) -> int | None:
         token = self.config.named_tokens.get(name)
