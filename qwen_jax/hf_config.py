@@ -17,8 +17,6 @@ from typing import Any
 from qwen_jax.config import (
     DeltaSpec,
     DualChunkSpec,
-    GuardSpec,
-    HeadKind,
     LayerKind,
     ModelConfig,
     MoeSpec,
@@ -26,6 +24,7 @@ from qwen_jax.config import (
     RopeSpec,
 )
 from qwen_jax.errors import UserError
+from qwen_jax.hf_heads import read_head, write_head
 from qwen_jax.hf_rope import read_rope, read_rope_parameters, write_rope_scaling
 from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
 
@@ -167,34 +166,6 @@ _OF_PICTURES = frozenset(
 """.split()
 )
 
-# How an architecture's name ends -> what reads the final hidden states. With "Text" in front it is
-# of a text tower alone.
-_HEADS = {
-    "ForCausalLM": HeadKind.VOCABULARY,
-    "ForConditionalGeneration": HeadKind.VOCABULARY,
-    "Model": HeadKind.NONE,
-    "TextModel": HeadKind.NONE,
-    "ForSequenceClassification": HeadKind.SCORE,
-    "ForTokenClassification": HeadKind.SCORE_WITH_BIAS,
-    "TextForSequenceClassification": HeadKind.SCORE,
-    "TextForTokenClassification": HeadKind.SCORE_WITH_BIAS,
-    "ForRewardModel": HeadKind.TWO_LAYER_SCORE,
-    "ForProcessRewardModel": HeadKind.TWO_LAYER_SCORE,
-    "ForGuardModel": HeadKind.GUARD,
-}
-
-# The sizes of a guard, as config.json calls them.
-_GUARD_SIZES = {
-    "inner_size": "guard_inner_size",
-    "risk_levels": "num_risk_level",
-    "categories": "num_category",
-    "query_risk_levels": "num_query_risk_level",
-    "query_categories": "num_query_category",
-}
-
-# Labels of the heads whose code has the number in it.
-_FIXED_LABELS = {"ForRewardModel": 1, "ForProcessRewardModel": 2}
-
 # Fields where the whole of a vision-language model decides, whatever its text tower says.
 _OF_THE_WHOLE = ("tie_word_embeddings", "id2label", "label2id", "num_labels")
 
@@ -302,7 +273,7 @@ def _refuse_leftovers(fields: Fields) -> None:
 def _read_decoder(fields: Fields, name: str) -> ModelConfig:
     """Every family but the first generation."""
     family = _FAMILIES[name]
-    head, num_labels, guard = _read_head(fields, name, family.stem)
+    head = read_head(fields, family.stem, _is_tower(name))
     hidden_size = fields.require("hidden_size", "integer")
     num_heads = fields.require("num_attention_heads", "integer")
     num_layers = fields.require("num_hidden_layers", "integer")
@@ -339,10 +310,8 @@ def _read_decoder(fields: Fields, name: str) -> ModelConfig:
         dual_chunk=_read_dual_chunk(fields),
         delta=_read_delta(fields, layer_types) if family.hybrid else None,
         moe=moe,
-        head=head,
-        num_labels=num_labels,
-        guard=guard,
         sliding_window=sliding_window,
+        **head,
         **_read_common(fields),
     )
 
@@ -357,39 +326,6 @@ def _read_common(fields: Fields) -> dict[str, Any]:
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
         "pad_token_id": fields.take("pad_token_id", "integer"),
     }
-
-
-def _read_head(fields: Fields, family: str, stem: str) -> tuple[HeadKind, int, GuardSpec | None]:
-    """What reads the final hidden states, how many labels it has, and the sizes of a guard."""
-    architectures = fields.take("architectures", "list of strings", [])
-    if not architectures:
-        return HeadKind.VOCABULARY, 0, None
-    ending = architectures[0].removeprefix(stem)
-    endings = _endings(family)
-    if len(architectures) > 1 or ending not in endings or not architectures[0].startswith(stem):
-        known = ", ".join(stem + ending for ending in endings)
-        raise fields.refuse("architectures", architectures, f"for {family}, known: {known}")
-    head = _HEADS[ending]
-    if head in (HeadKind.VOCABULARY, HeadKind.NONE):
-        return head, 0, None
-    if head is HeadKind.GUARD:
-        sizes = {name: fields.require(of, "integer") for name, of in _GUARD_SIZES.items()}
-        guard = GuardSpec(**sizes)
-        return head, sum(guard.widths), guard
-    labels = fields.values.get("id2label")
-    default = len(labels) if isinstance(labels, dict) else 2
-    num_labels = _FIXED_LABELS.get(ending) or fields.take("num_labels", "integer", default)
-    if num_labels < 1:
-        raise fields.refuse("num_labels", num_labels, "at least 1 is needed")
-    return head, num_labels, None
-
-
-def _endings(family: str) -> list[str]:
-    """How names of a family's architectures may end; of those of a head, the first is written."""
-    whole = [ending for ending in _HEADS if not ending.startswith("Text")]
-    if family not in _TEXT_TOWERS.values():
-        return whole
-    return [ending for ending in _HEADS if ending not in whole] + whole
 
 
 def _read_biases(fields: Fields, family: str, bias: _Bias) -> tuple[bool, bool]:
@@ -658,7 +594,7 @@ def write_hf_config(config: ModelConfig) -> dict[str, Any]:
 def _write_decoder(config: ModelConfig) -> dict[str, Any]:
     family = _FAMILIES[config.family]
     fields = {
-        "architectures": [architecture(config)],
+        **head_fields(config),
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -674,12 +610,6 @@ def _write_decoder(config: ModelConfig) -> dict[str, Any]:
             fields["qkv_bias"] = config.qkv_bias
         case _Bias.ALL_BY_FIELD:
             fields["attention_bias"] = config.qkv_bias
-    if config.guard is not None:
-        fields |= {of: getattr(config.guard, name) for name, of in _GUARD_SIZES.items()}
-    elif config.num_labels:
-        labels = {i: f"LABEL_{i}" for i in range(config.num_labels)}
-        fields["id2label"] = {str(i): label for i, label in labels.items()}
-        fields["label2id"] = {label: i for i, label in labels.items()}
     if family.hybrid:
         fields["partial_rotary_factor"] = config.rope.partial_rotary_factor
     else:
@@ -742,20 +672,17 @@ def _write_qwen1(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def architecture(config: ModelConfig) -> str:
-    """What config.json calls the class of `config` in `architectures`."""
-    endings = [
-        ending
-        for ending in _endings(config.family)
-        if _HEADS[ending] is config.head
-        and _FIXED_LABELS.get(ending, config.num_labels) == config.num_labels
-    ]
-    if not endings:
-        raise UserError(
-            f"a config.json of model_type {config.family} cannot say {config.num_labels} labels "
-            f"of a {config.head.value} head"
-        )
-    return _FAMILIES[config.family].stem + endings[0]
+def head_fields(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the head of `config`; not of the first generation.
+
+    Raises:
+      UserError: a number of labels that no architecture with this head has.
+    """
+    return write_head(config, _FAMILIES[config.family].stem, _is_tower(config.family))
+
+
+def _is_tower(family: str) -> bool:
+    return family in _TEXT_TOWERS.values()
 
 
 def _write_eos(ids: tuple[int, ...]) -> int | list[int] | None:

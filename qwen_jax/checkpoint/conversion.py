@@ -30,7 +30,7 @@ from qwen_jax.checkpoint.writer import (
 )
 from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import DTYPES, architecture, load_config, write_hf_config
+from qwen_jax.hf_config import DTYPES, head_fields, load_config, write_hf_config
 from qwen_jax.json_fields import read_json_object
 
 Format = Literal["hf", "orbax"]
@@ -171,9 +171,10 @@ def _write_config(
     changes: dict[str, Any] = {}
     is_tower = raw["model_type"] != config.family
     if is_tower:
-        raw = write_hf_config(config)
+        names_of_labels = {n: raw[n] for n in ("id2label", "label2id") if n in raw}
+        raw = write_hf_config(config) | (names_of_labels if config.num_labels else {})
     elif config.head is HeadKind.NONE:
-        changes["architectures"] = [architecture(config)]
+        changes |= head_fields(config)
     if dtype is not None:
         spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
         changes |= dict.fromkeys(spellings, dtype)

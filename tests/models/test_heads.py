@@ -132,7 +132,7 @@ def test_a_classifier_that_sees_scores_its_texts(auto_class, text_class, logits_
         "qwen3_5",
         text_config=tower.config.to_dict(),
         vision_config={"depth": 1, "num_heads": 2, "out_hidden_size": 64, **sizes},
-        num_labels=3,
+        id2label={0: "bad", 1: "fair", 2: "good"},
     )
     reference = auto_class.from_config(config, dtype=torch.float32).eval()
     reference.model.language_model.load_state_dict(tower.state_dict())
@@ -151,6 +151,9 @@ def test_a_classifier_that_sees_scores_its_texts(auto_class, text_class, logits_
     tensors |= {f"score.{name}": value for name, value in reference.score.state_dict().items()}
     check_exported(model.config, params, tmp_path / "ours", text_class, tensors)
     assert load_config(tmp_path / "ours") == model.config
+    convert(tmp_path / "theirs", tmp_path / "converted", "hf")
+    written = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert written["id2label"] == {"0": "bad", "1": "fair", "2": "good"}
 
 
 def test_converting_a_classifier_keeps_its_names_and_labels(sequence, tmp_path):
