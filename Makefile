@@ -27,8 +27,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
+# A file's tests share what they compile, so they stay in one process.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow

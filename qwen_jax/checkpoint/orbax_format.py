@@ -10,6 +10,7 @@ import gc
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,16 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
             return
         except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
             reason = _one_line(error)
-        # Orbax's failed tasks log themselves when they are collected.
+        # They also report themselves when they are collected, now or as late as at exit.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        logging.getLogger("asyncio").addFilter(_is_of_no_task)
         gc.collect()
-    _wait_for_orphans(directory)
+        _wait_for_orphans(directory)
     raise OSError(reason)
+
+
+def _is_of_no_task(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Task ")
 
 
 def _wait_for_orphans(directory: Path) -> None:
