@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen_jax import text
 from qwen_jax.checkpoint.hub import resolve_source
@@ -14,7 +15,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
 from qwen_jax.json_fields import read_json_object
-from qwen_jax.models.decoder import Decoder
+from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.sharding import axes
 
 Weights = Literal["dense", "packed"]
 
@@ -22,6 +24,7 @@ Weights = Literal["dense", "packed"]
 def load_pretrained(
     source: str | Path,
     dtype: jnp.dtype | str | None = None,
+    mesh: Mesh | str | None = None,
     *,
     rope_scaling: dict[str, Any] | None = None,
     allow_nonfinite: bool = True,
@@ -33,6 +36,9 @@ def load_pretrained(
       source: a directory in Hugging Face or Orbax format, or a hub id such as `Qwen/Qwen3-0.6B`.
       dtype: of the parameters and activations: float32, bfloat16 or float16. None means float32
         on CPU, whose other products are slow, and the checkpoint's own elsewhere.
+      mesh: the devices that the parameters are spread over, as `sharding.axes.RULES` say: JAX's, or
+        text such as "fsdp:4,tensor:2"; None for the default device. Each process reads what its own
+        devices hold of a tensor, and all processes of the mesh call this.
       rope_scaling: replaces the checkpoint's, the dict that config.json would hold, such as
         `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
@@ -49,6 +55,7 @@ def load_pretrained(
         raise UserError(
             f"weights = {weights} is not supported; known: {', '.join(get_args(Weights))}"
         )
+    mesh = axes.as_mesh(mesh)
     directory = resolve_source(source)
     config = load_config(directory)
     if rope_scaling is not None:
@@ -56,8 +63,15 @@ def load_pretrained(
     dtype = _resolve_dtype(dtype, config)
     _warn_of_wide_copies(config, dtype)
     stored = open_model(config, directory, packed=weights == "packed")
-    params = load_params(stored.tensors, directory, dtype, allow_nonfinite)
-    return Decoder(stored.config), params
+    shardings = None
+    if mesh is not None:
+        axes.check_mesh(stored.config, mesh, parameter_shapes(stored.config))
+        shardings = {
+            path: axes.parameter_sharding(stored.config, mesh, "/".join(path))
+            for path in stored.tensors
+        }
+    params = load_params(stored.tensors, directory, dtype, allow_nonfinite, shardings)
+    return Decoder(stored.config, mesh=mesh), params
 
 
 def _warn_of_wide_copies(config: ModelConfig, dtype: jnp.dtype) -> None:

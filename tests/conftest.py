@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
+# What shares work among devices is tested on these; the rest runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -43,7 +43,7 @@ from qwen_jax.inference import scoring
 from qwen_jax.json_fields import read_json_object, shown
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import Tokenizer, scoring_prompts
-from tools import command_line, weights_flag
+from tools import command_line, mesh_flag, weights_flag
 from tools.jsonl_rows import as_json, read_rows
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ _ALLOW_LONGER = flags.DEFINE_bool(
     "allow_longer", False, "Accept a text longer than the model's positions."
 )
 _FLAGS = (_MODEL, _WORKDIR, _INPUT, _TASK, _DIMENSIONS, _INSTRUCTION, _BATCH_SIZE, _DTYPE,
-          weights_flag.WEIGHTS)  # fmt: skip
+          mesh_flag.MESH, weights_flag.WEIGHTS)  # fmt: skip
 
 # What a guard judges, in the order of its logits, and the field of config.json with the names.
 _JUDGEMENTS = {
@@ -116,7 +116,7 @@ def _write_results(
     _check_overwritten(_added_fields(config, task), rows)
     texts = [_ids(config, task, tokenizer, name, row) for name, row in rows]
     model, params = qwen_jax.load_pretrained(
-        directory, _DTYPE.value, weights=weights_flag.WEIGHTS.value
+        directory, _DTYPE.value, mesh_flag.MESH.value, weights=weights_flag.WEIGHTS.value
     )
     # Of some embedders only the tensors tell.
     _check_task(directory, model.config, task)

@@ -17,7 +17,7 @@ from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defa
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import StopStrings, Tokenizer
-from tools import weights_flag
+from tools import mesh_flag, weights_flag
 
 MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
@@ -133,6 +133,7 @@ def open_session() -> Session:
     model, params = qwen_jax.load_pretrained(
         directory,
         DTYPE.value,
+        mesh_flag.MESH.value,
         rope_scaling=rope_scaling,
         allow_nonfinite=not REFUSE_NONFINITE.value,
         weights=weights_flag.WEIGHTS.value,

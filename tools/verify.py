@@ -26,7 +26,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.evaluation.parity import Parity, compare_with_reference
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
-from tools import command_line, weights_flag
+from tools import command_line, mesh_flag, weights_flag
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory, hub id, or preset for random weights.", required=True
@@ -83,7 +83,9 @@ def _verify(directory: Path) -> None:
             f"{ids.size} tokens are more than the model's {config.max_position_embeddings} "
             "positions (max_position_embeddings); give fewer"
         )
-    parity = compare_with_reference(directory, ids, weights_flag.WEIGHTS.value)
+    parity = compare_with_reference(
+        directory, ids, weights_flag.WEIGHTS.value, mesh_flag.MESH.value
+    )
     _print_table(parity)
     if not parity.worst.relative <= _TOLERANCE.value:
         raise UserError(

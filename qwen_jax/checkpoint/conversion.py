@@ -17,7 +17,7 @@ from qwen_jax.checkpoint.quantised import (
     own_config,
     own_pieces,
 )
-from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.checkpoint.reader import Index, StoredTensor, blocks
 from qwen_jax.checkpoint.regions import stack, to_stored
 from qwen_jax.checkpoint.writer import (
     MAX_SHARD_SIZE,
@@ -68,6 +68,10 @@ def convert(
 ) -> Converted:
     """Writes the checkpoint `source` as the new directory `target`.
 
+    Memory goes by the largest tensor and not by the model: one is read and written at a time, in
+    orbax format a block of one. Where a tensor can be read whole only, as Orbax itself and the
+    formats of quantised weights may have it, it is held as it is stored besides.
+
     Tensors keep their bits; config.json is copied, but for what it says of tensors that change, and
     so are the files that `writer.copy_companions` names. A quantised source is dequantised, to the
     dtype that its config.json declares unless one is given, and what describes its quantisation is
@@ -109,8 +113,7 @@ def convert(
         _write_config(directory, partial, model.config, dtype, quantize)
         copy_companions(directory, partial)
         if target_format == "orbax":
-            leaves = {path: tensor.read() for path, tensor in tensors.items()}
-            orbax_format.save_orbax(partial, names.unflatten(leaves))
+            orbax_format.write_orbax(partial, tensors)
         else:
             # Under the names that transformers gives, whatever the source calls them.
             regions = names.regions(model.config)
@@ -148,17 +151,25 @@ def _cast(directory: Path, tensor: StoredTensor, dtype: str, bad: set[str]) -> S
     if tensor.parts:
         return stack([_cast(directory, part, dtype, bad) for part in tensor.parts])
 
-    def read() -> np.ndarray:
-        values = tensor.read()
+    def cast(values: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
-            cast = values.astype(to, copy=False)
-        if not all_finite(cast):
+            found = values.astype(to, copy=False)
+        if not all_finite(found):
             if all_finite(values):
                 raise UserError(
                     f"{directory}: tensor {tensor.name} overflows as {dtype}; give a wider dtype"
                 )
             bad.add(tensor.name)
-        return cast
+        return found
+
+    def read(index: Index = ()) -> np.ndarray:
+        part = tensor[index]
+        if tensor.dtype == to or not tensor.in_blocks:
+            return cast(part.read())
+        out = np.empty(part.shape, to)
+        for block in blocks(part.shape, part.dtype):
+            out[block] = cast(part.read(block))
+        return out
 
     return dataclasses.replace(tensor, dtype=to, read=read)
 

@@ -3,8 +3,10 @@
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import math
 import mmap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
@@ -23,7 +27,7 @@ from qwen_jax.checkpoint.quantised import (
     load_quantization,
     logical_tensors,
 )
-from qwen_jax.checkpoint.reader import StoredTensor, open_checkpoint
+from qwen_jax.checkpoint.reader import Index, StoredTensor, bounds, open_checkpoint
 from qwen_jax.checkpoint.regions import in_file_order, stored_shape, to_parameters
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -43,45 +47,157 @@ def load_params(
     directory: Path,
     dtype: jnp.dtype,
     allow_nonfinite: bool = True,
+    shardings: Mapping[names.Path, NamedSharding] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters that `open_model` has found.
 
-    Memory above the start stays under the parameters' size plus twice the largest tensor. On a
-    terminal, a progress bar is shown.
+    Memory above the start stays under the parameters' size plus twice the largest tensor; with
+    shardings, both of those of this process's shards. Two kinds of tensors can be cut along some
+    axes only: of quantised weights all inputs of a shard's outputs are held, packed; of arrays that
+    Orbax wrote itself, the chunks that a shard lies in. On a terminal, a progress bar is shown.
 
     Args:
       tensors: by their path in the tree.
       directory: that they come from, for messages.
       dtype: of the parameters, packed ones aside.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
+      shardings: where each parameter lies, by the same paths; all processes call this. Packed ones
+        have theirs by the axes of the weight that they stand for. None for the default device.
 
     Returns:
       The nested dict that `Decoder(config).apply` takes as "params".
 
     Raises:
-      UserError: non-finite weights that are not allowed.
+      UserError: non-finite weights that are not allowed, packed arrays that cannot be cut as
+        their weight would be.
     """
     bad: list[str] = []
+    layouts = {
+        path: _packed_layout("/".join(path), tensor, shardings[path])
+        for path, tensor in (tensors.items() if shardings else ())
+        if tensor.quantised
+    }
 
-    def load(tensor: StoredTensor) -> jax.Array | QuantizedWeight:
+    def load(path: names.Path) -> jax.Array | QuantizedWeight:
+        tensor = tensors[path]
         if tensor.quantised:
-            host = jax.tree.map(lambda a: _own_memory(a.shape, a.dtype, a), tensor.read())
-            arrays = (host.typed_values, host.scales)
-            floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
-            bad.extend([tensor.name] * (not all(map(all_finite, floats))))
-            return jax.device_put(host)
-        host = _own_memory(tensor.shape, dtype, tensor)
-        if not all_finite(host):
-            parts = zip(tensor.parts, host, strict=True) if tensor.parts else ((tensor, host),)
-            bad.extend(part.name for part, values in parts if not all_finite(values))
-        return jax.device_put(host)
+            return _load_packed(tensor, layouts.get(path), bad)
+        if shardings is None:
+            return jax.device_put(_read(tensor, dtype, bad))
+        return _place(
+            tensor.shape, dtype, shardings[path], lambda index: _read(tensor[index], dtype, bad)
+        )
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        loaded = pool.map(load, tensors.values())
+        loaded = pool.map(load, tensors)
         bar = tqdm.tqdm(loaded, "loading", len(tensors), unit="tensor", disable=None)
         params = names.unflatten(dict(zip(tensors, bar, strict=True)))
+    if shardings is not None:
+        bad = _of_all_processes(tensors.values(), bad)
     report_nonfinite(directory, bad, dtype, allow_nonfinite)
     return params
+
+
+def _read(tensor: StoredTensor, dtype: jnp.dtype, bad: list[str]) -> np.ndarray:
+    """The values as `dtype`; adds the names of parts of `tensor` that are not finite to `bad`."""
+    host = _own_memory(tensor.shape, dtype, tensor)
+    if not all_finite(host):
+        parts = zip(tensor.parts, host, strict=True) if tensor.parts else ((tensor, host),)
+        bad.extend(part.name for part, values in parts if not all_finite(values))
+    return host
+
+
+def _place(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+    read: Callable[[Index], np.ndarray],
+) -> jax.Array:
+    """The array whose shards `read` gives, each read once for all devices here that hold it."""
+    found: dict[str, np.ndarray] = {}
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = bounds(index, shape)
+        # Slices have no hash yet.
+        key = str(index)
+        if key not in found:
+            found[key] = read(index)
+        shards.append(jax.device_put(found[key], device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
+
+
+# A packed array of a weight: its shape, dtype and where it lies.
+_Layout = dict[str, tuple[tuple[int, ...], np.dtype, NamedSharding]]
+
+
+def _packed_layout(name: str, tensor: StoredTensor, sharding: NamedSharding) -> _Layout:
+    """The arrays of a packed weight by their field, each cut along the axes that the weight is.
+
+    Raises:
+      UserError: the inputs of one do not divide.
+    """
+    row = tensor.read((slice(0, 1),) * (len(tensor.shape) - 1))
+    *outer, inputs = sharding.spec
+    layout = {}
+    for field in ("values", "scales", "zeros", "group_of"):
+        array = getattr(row, field)
+        if array is None:
+            continue
+        # The outputs have their groups in common.
+        length = len(outer) - (field == "group_of")
+        shape = (*tensor.shape[:length], array.shape[-1])
+        place = NamedSharding(sharding.mesh, PartitionSpec(*outer[:length], inputs))
+        try:
+            place.shard_shape(shape)
+        except ValueError:
+            cut = inputs if isinstance(inputs, tuple) else (inputs,)
+            by = " x ".join(f"{axis}:{sharding.mesh.shape[axis]}" for axis in cut)
+            raise UserError(
+                f"parameter {name}: the last axis of its packed {field} {list(shape)} does not "
+                f"divide by {by}; give another mesh, or load it dense"
+            ) from None
+        layout[field] = (shape, array.dtype, place)
+    return layout
+
+
+def _load_packed(tensor: StoredTensor, layout: _Layout | None, bad: list[str]) -> QuantizedWeight:
+    """The weight as it is packed, on the default device or laid out."""
+    if layout is None:
+        weight = jax.tree.map(lambda a: _own_memory(a.shape, a.dtype, a), tensor.read())
+        _check_packed(tensor.name, weight, bad)
+        return jax.device_put(weight)
+    held: dict[str, QuantizedWeight] = {}
+
+    def read(field: str, index: Index) -> np.ndarray:
+        outputs = (slice(0, 1),) if field == "group_of" else ()
+        rows = (*index[:-1], *outputs)
+        key = str(rows)
+        if key not in held:
+            held[key] = tensor.read(rows)
+            _check_packed(tensor.name, held[key], bad)
+        values = getattr(held[key], field)[..., index[-1]]
+        return _own_memory(values.shape, values.dtype, values)
+
+    placed = {
+        field: _place(shape, dtype, place, functools.partial(read, field))
+        for field, (shape, dtype, place) in layout.items()
+    }
+    return next(iter(held.values())).replace(**placed)
+
+
+def _check_packed(name: str, weight: QuantizedWeight, bad: list[str]) -> None:
+    arrays = (weight.typed_values, weight.scales)
+    floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    bad.extend([name] * (not all(map(all_finite, floats))))
+
+
+def _of_all_processes(tensors: Iterable[StoredTensor], bad: list[str]) -> list[str]:
+    """What any process has found, each having seen its own shards only."""
+    if jax.process_count() == 1:
+        return bad
+    known = list({part.name: None for tensor in tensors for part in tensor.parts or (tensor,)})
+    found = multihost_utils.process_allgather(np.isin(known, bad)).any(axis=0)
+    return [name for name, is_bad in zip(known, found, strict=True) if is_bad]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,8 +43,9 @@ def report_nonfinite(directory: Path, names: list[str], dtype: np.dtype, allowed
     if not names:
         return
     wider = "" if np.dtype(dtype) == np.float32 else ", or load it as float32"
+    where = listed(sorted(set(names)))
     message = (
-        f"{directory}: NaN or infinite values as {np.dtype(dtype).name} in {listed(sorted(names))}"
+        f"{directory}: NaN or infinite values as {np.dtype(dtype).name} in {where}"
         f"; download it again{wider}"
     )
     if not allowed:

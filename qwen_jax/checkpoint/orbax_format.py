@@ -1,8 +1,9 @@
 """Parameters as an Orbax checkpoint in a model directory, beside config.json and the tokenizer.
 
-Orbax writes them. They are read through TensorStore, on which Orbax stands, since that can be done
-a tensor at a time: `params` holds an OCDBT database with one zarr array for each parameter, named
-by its path in the tree with dots between.
+Orbax writes arrays that are in memory. What is on disk is written, and all is read, through
+TensorStore, on which Orbax stands, since that can be done a part of a tensor at a time: `params`
+holds an OCDBT database with one zarr array for each parameter, named by its path in the tree with
+dots between.
 """
 
 import contextlib
@@ -18,9 +19,17 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+import tqdm
 
 from qwen_jax.checkpoint import names
-from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.reader import (
+    BLOCK,
+    SAFETENSORS_DTYPES,
+    Index,
+    StoredTensor,
+    block_shape,
+    blocks,
+)
 from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -44,6 +53,9 @@ def is_orbax(directory: Path) -> bool:
 
 def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
     """Writes `params`, jax or numpy arrays, into `directory`.
+
+    Arrays may be sharded. Of several processes each calls this and writes the shards that it has;
+    a directory that all of them see is needed.
 
     Raises:
       OSError: they cannot be written.
@@ -70,6 +82,60 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
         gc.collect()
         _wait_for_orphans(directory)
     raise OSError(reason)
+
+
+def write_orbax(directory: Path, tensors: Mapping[names.Path, StoredTensor]) -> None:
+    """Writes tensors, by their path in the tree, into `directory` as they are read.
+
+    A few blocks of a tensor are in memory at a time, and not the tensor. On disk too it is in those
+    blocks, so that whoever reads it need not hold more.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    # Orbax writes the tree; then each array is put in the place of what stood for it.
+    stand_ins = {path: np.zeros(1, tensor.dtype) for path, tensor in tensors.items()}
+    save_orbax(directory, names.unflatten(stand_ins))
+    database = _database(directory / _FOLDER)
+    under_way: list[tensorstore.Future] = []
+    waiting = 0
+    try:
+        for path, tensor in tqdm.tqdm(tensors.items(), "writing", unit="tensor", disable=None):
+            array = _replace_array(database, ".".join(path), tensor)
+            for block in blocks(tensor.shape, tensor.dtype):
+                values = tensor.read(block)
+                under_way.append(
+                    array[block].write(values, can_reference_source_data_indefinitely=True)
+                )
+                waiting += values.nbytes
+                if waiting >= BLOCK:
+                    _wait_for(under_way)
+                    under_way, waiting = [], 0
+        _wait_for(under_way)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise OSError(_one_line(error)) from None
+    finally:
+        # What is still being written would come back after the caller has removed the folder.
+        for future in under_way:
+            future.exception()
+
+
+def _wait_for(futures: list[tensorstore.Future]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _replace_array(
+    database: dict[str, Any], name: str, tensor: StoredTensor
+) -> tensorstore.TensorStore:
+    """The array `name`, made anew for the values of `tensor`, in blocks and else as it was."""
+    spec = {"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}}
+    old = tensorstore.open(spec, open=True).result().spec().to_json()["metadata"]
+    shape = {"shape": tensor.shape, "chunks": block_shape(tensor.shape, tensor.dtype)}
+    spec |= {"metadata": old | shape}
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def _is_of_no_task(record: logging.LogRecord) -> bool:
@@ -105,7 +171,7 @@ def open_orbax(
     path = (directory / _FOLDER).absolute()
     if not (path / "manifest.ocdbt").is_file():
         raise _broken(path, "it has no manifest.ocdbt")
-    database = {"driver": "ocdbt", "base": f"file://{path}/"}
+    database = _database(path)
     try:
         keys = tensorstore.KvStore.open(database).result().list().result()
         tensors = {}
@@ -126,17 +192,24 @@ def open_orbax(
     return config, tensors
 
 
+def _database(path: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+
+
 def _open_array(path: Path, database: dict[str, Any], name: str, driver: str) -> StoredTensor:
     spec = {"driver": driver, "kvstore": {**database, "path": f"{name}/"}}
     array = tensorstore.open(spec, open=True, read=True).result()
 
-    def read() -> np.ndarray:
+    def read(index: Index = ()) -> np.ndarray:
         try:
-            return array.read().result()
+            return array[index].read().result() if index else array.read().result()
         except (ValueError, OSError) as error:
             raise _broken(path, error) from None
 
-    return StoredTensor(name, path, tuple(array.shape), array.dtype.numpy_dtype, read)
+    shape, dtype = tuple(array.shape), array.dtype.numpy_dtype
+    # Its chunks can be read whole only; each should be in one block.
+    in_blocks = array.chunk_layout.read_chunk.shape == block_shape(shape, dtype)
+    return StoredTensor(name, path, shape, dtype, read, in_blocks=in_blocks)
 
 
 def _broken(path: Path, reason: str | Exception) -> UserError:

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.checkpoint.names import printable
-from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.reader import SAFETENSORS_DTYPES, Index, StoredTensor, bounds
 from qwen_jax.errors import UserError
 from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize, pack_nibbles, quantize
@@ -232,6 +232,8 @@ def logical_tensors(
                 np.dtype(np.float32),
                 read,
                 quantised=True,
+                # Pieces that all rows share would be unpacked again for each block of them.
+                in_blocks=False,
             )
         elif name in pieces:
             continue
@@ -301,8 +303,8 @@ class _Pieces:
         return UserError(f"{tensor.file}: tensor {printable(tensor.name)} {what}")
 
 
-# The weight's shape, and what reads it.
-_Parsed = tuple[tuple[int, ...], Callable[[], QuantizedWeight]]
+# The weight's shape, and what reads it, or what is at an index of its axes [..., out].
+_Parsed = tuple[tuple[int, ...], Callable[..., QuantizedWeight]]
 
 
 def drop_zero_biases(
@@ -331,16 +333,20 @@ def drop_zero_biases(
 
 
 def dequantised(tensor: StoredTensor) -> StoredTensor:
-    """The tensor that reads as a float32 array where `tensor` reads as a `QuantizedWeight`."""
+    """The tensor that reads as a float32 array where `tensor` reads as a `QuantizedWeight`.
+
+    Of the rows that are asked for, all inputs are held packed while they are dequantised.
+    """
     if not tensor.quantised:
         return tensor
 
-    def read() -> np.ndarray:
-        weight = tensor.read()
-        out = np.empty(weight.shape, np.float32)
+    def read(index: Index = ()) -> np.ndarray:
+        *rows, inputs = bounds(index, tensor.shape)
+        weight = tensor.read(tuple(rows))
+        out = np.empty((*weight.shape[:-1], inputs.stop - inputs.start), np.float32)
         for start in range(0, weight.shape[-2], _ROWS):
-            rows = (*(slice(None),) * (weight.ndim - 2), slice(start, start + _ROWS))
-            out[rows] = dequantize(weight[rows], np.float32)
+            some = (*(slice(None),) * (weight.ndim - 2), slice(start, start + _ROWS))
+            out[some] = dequantize(weight[some], np.float32)[..., inputs]
         return out
 
     parts = tuple(map(dequantised, tensor.parts))
@@ -367,12 +373,13 @@ def _parse_gptq(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     if spec.desc_act or pieces.found[".g_idx"] is not None:
         g_idx = pieces.take_beside(qweight, ".g_idx", _INT32, (n_in,))
 
-    def read() -> QuantizedWeight:
-        zeros = _unpack(qzeros.read(), spec.bits) + np.uint8(spec.zero_offset)
+    def read(index: Index = ()) -> QuantizedWeight:
+        rows = (slice(None), *index)
+        zeros = _unpack(qzeros.read(), spec.bits)[rows] + np.uint8(spec.zero_offset)
         return QuantizedWeight(
             # A transposed word's bytes are the inputs in order, two or one a byte.
-            values=np.ascontiguousarray(qweight.read().T).view(np.uint8),
-            scales=np.ascontiguousarray(scales.read().T),
+            values=np.ascontiguousarray(qweight.read(rows).T).view(np.uint8),
+            scales=np.ascontiguousarray(scales.read(rows).T),
             zeros=np.ascontiguousarray(zeros.T) & np.uint8((1 << spec.bits) - 1),
             group_of=_read_groups(pieces, spec, g_idx, group_size, n_groups),
             bits=spec.bits,
@@ -411,15 +418,18 @@ def _parse_awq(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     scales = pieces.take_beside(qweight, ".scales", _FLOATS, (n_groups, n_out))
     qzeros = pieces.take_beside(qweight, ".qzeros", _INT32, (n_groups, n_out // 8))
 
-    def unpack(words: np.ndarray) -> np.ndarray:
-        codes = _unpack(words, 4).reshape(len(words), -1, 8)[..., _AWQ_ORDER]
-        return np.ascontiguousarray(codes.reshape(len(words), -1).T)
+    def unpack(words: StoredTensor, rows: slice) -> np.ndarray:
+        first = rows.start // 8
+        octets = _unpack(words.read((slice(None), slice(first, -(-rows.stop // 8)))), 4)
+        codes = octets.reshape(len(octets), -1, 8)[..., _AWQ_ORDER].reshape(len(octets), -1)
+        return np.ascontiguousarray(codes[:, rows.start - first * 8 : rows.stop - first * 8].T)
 
-    def read() -> QuantizedWeight:
+    def read(index: Index = ()) -> QuantizedWeight:
+        (rows,) = bounds(index, (n_out,))
         return QuantizedWeight(
-            values=pack_nibbles(unpack(qweight.read())),
-            scales=np.ascontiguousarray(scales.read().T),
-            zeros=unpack(qzeros.read()),
+            values=pack_nibbles(unpack(qweight, rows)),
+            scales=np.ascontiguousarray(scales.read((slice(None), rows)).T),
+            zeros=unpack(qzeros, rows),
             group_of=None,
             bits=4,
             group_size=spec.group_size,
@@ -442,11 +452,12 @@ def _parse_fp8(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     blocks = (-(-n_out // spec.block_rows), -(-n_in // spec.group_size))
     scales = pieces.take_beside(weight, "_scale_inv", _FLOATS, (*stack, *blocks))
 
-    def read() -> QuantizedWeight:
-        per_row = np.repeat(scales.read().astype(np.float32), spec.block_rows, axis=-2)
+    def read(index: Index = ()) -> QuantizedWeight:
+        *some, rows = bounds(index, (*stack, n_out))
+        per_row = np.repeat(scales.read(tuple(some)).astype(np.float32), spec.block_rows, axis=-2)
         return QuantizedWeight(
-            values=weight.read().view(np.uint8),
-            scales=np.ascontiguousarray(per_row[..., :n_out, :]),
+            values=weight.read((*some, rows)).view(np.uint8),
+            scales=np.ascontiguousarray(per_row[..., rows, :]),
             zeros=None,
             group_of=None,
             bits=8,
@@ -466,11 +477,11 @@ def _parse_own(pieces: _Pieces, spec: QuantizationSpec) -> _Parsed:
     scales = pieces.take_beside(packed, "_scales", _FLOATS, per_group)
     zeros = pieces.take_beside(packed, "_zeros", _UINT8, per_group) if spec.bits == 4 else None
 
-    def read() -> QuantizedWeight:
+    def read(index: Index = ()) -> QuantizedWeight:
         return QuantizedWeight(
-            values=packed.read(),
-            scales=scales.read(),
-            zeros=None if zeros is None else zeros.read(),
+            values=packed.read(index),
+            scales=scales.read(index),
+            zeros=None if zeros is None else zeros.read(index),
             group_of=None,
             bits=spec.bits,
             group_size=spec.group_size,
@@ -517,7 +528,7 @@ def own_pieces(name: str, tensor: StoredTensor, bits: int) -> dict[str, StoredTe
             tensor.file,
             shape,
             np.dtype(dtype),
-            lambda field=field: getattr(_quantized(tensor, bits), field),
+            lambda index=(), field=field: getattr(_quantized(tensor, bits), field)[index],
         )
         for suffix, (shape, dtype, field) in pieces.items()
     }

@@ -6,10 +6,12 @@ unpickling anything but tensors.
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import mmap
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,13 @@ QUANTISED_DTYPES = {"I32": np.int32, "I8": np.int8, "U8": np.uint8,
                     "F8_E4M3": ml_dtypes.float8_e4m3fn}  # fmt: skip
 
 
+# A slice of step 1 for each of the first axes of a tensor; the axes after them are whole.
+Index = tuple[slice, ...]
+
+# Bytes that are read, cast or stored in one go, so that what that takes is small beside a tensor.
+BLOCK = 1 << 23
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor on disk.
@@ -38,27 +47,75 @@ class StoredTensor:
       file: that holds it, None for a tensor in memory.
       shape: its axes.
       dtype: as stored.
-      read: its values, where possible a read-only view of the mapped file, so that they cost no
-        memory of their own.
+      read: its values, or those at an `Index`; where possible a read-only view of the mapped file,
+        so that they cost no memory of their own, and what is not asked for is not read.
       parts: the tensors that this one is a stack of; empty if it is none.
-      quantised: whether `read` gives a `QuantizedWeight` of numpy arrays.
+      quantised: whether `read` gives a `QuantizedWeight` of numpy arrays. The inputs of one are
+        packed: an index ends before the last axis.
+      in_blocks: whether reading it in `blocks` is no more work than reading all of it.
     """
 
     name: str
     file: Path | None
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
     parts: tuple["StoredTensor", ...] = ()
     quantised: bool = False
+    in_blocks: bool = True
+
+    def __getitem__(self, index: Index) -> "StoredTensor":
+        """The tensor of the values at `index`, none of which is read yet."""
+        index = bounds(index, self.shape)
+        shape = tuple(part.stop - part.start for part in index)
+
+        def read(inner: Index = ()) -> np.ndarray:
+            both = zip(index, bounds(inner, shape), strict=True)
+            found = tuple(slice(o.start + i.start, o.start + i.stop) for o, i in both)
+            return self.read(found[:-1] if self.quantised else found)
+
+        parts = tuple(part[index[1:]] for part in self.parts[index[0]]) if self.parts else ()
+        return dataclasses.replace(self, shape=shape, read=read, parts=parts)
 
     def read_into(self, out: np.ndarray) -> None:
         """Casts the values into `out`; a stack's parts one after another."""
         for place, part in zip(out, self.parts, strict=True) if self.parts else ():
             part.read_into(place)
         if not self.parts:
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.copyto(out, self.read(), casting="unsafe")
+            for block in blocks(self.shape, self.dtype) if self.in_blocks else [()]:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    np.copyto(out[*block, ...], self.read(block), casting="unsafe")
+
+
+def bounds(index: Index, shape: tuple[int, ...]) -> Index:
+    """`index` with a slice for every axis of `shape`, and numbers for all ends."""
+    parts = [*index, *(slice(None),) * (len(shape) - len(index))]
+    return tuple(slice(*p.indices(size)[:2]) for p, size in zip(parts, shape, strict=True))
+
+
+def block_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape of the parts of at most `BLOCK` bytes that a tensor is cut into, in its order.
+
+    That is (1, ..., 1, n, ...): what follows the cut axis is whole.
+    """
+    room, cut = max(BLOCK // np.dtype(dtype).itemsize, 1), list(shape)
+    for axis, size in enumerate(shape):
+        within = math.prod(shape[axis + 1 :])
+        cut[axis] = max(1, min(size, room // max(within, 1)))
+        if within <= room:
+            break
+    return tuple(cut)
+
+
+def blocks(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Index]:
+    """The indices of the `block_shape` parts of a tensor, in its order."""
+    cut = block_shape(shape, dtype)
+    starts = [range(0, size, step) for size, step in zip(shape, cut, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(at, min(at + step, size))
+            for at, step, size in zip(corner, cut, shape, strict=True)
+        )
 
 
 def open_checkpoint(directory: Path, quantised: bool = False) -> dict[str, StoredTensor]:
@@ -180,9 +237,11 @@ def _mapped_tensor(
 ) -> StoredTensor:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), np.dtype(dtype)
-    return StoredTensor(
-        name, path, shape, dtype, lambda: content[begin:end].view(dtype).reshape(shape)
-    )
+
+    def read(index: Index = ()) -> np.ndarray:
+        return content[begin:end].view(dtype).reshape(shape)[index]
+
+    return StoredTensor(name, path, shape, dtype, read)
 
 
 def _open_bin(path: Path, quantised: bool) -> dict[str, StoredTensor]:
@@ -239,8 +298,8 @@ def _torch_tensor(path: Path, name: Any, value: Any, quantised: bool) -> StoredT
     if value.dtype not in dtypes:
         raise _unread_dtype(path, name, value.dtype, floats, value.dtype in of_quantised)
 
-    def read() -> np.ndarray:
-        plain = value.detach().contiguous()
+    def read(index: Index = ()) -> np.ndarray:
+        plain = value.detach()[index].contiguous()
         # numpy has no bfloat16 and no float8 of its own, so their bits travel as integers.
         if plain.dtype is torch.bfloat16:
             return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -4,13 +4,13 @@ Nothing is read here: each side is made of the other as tensors that read when a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 
 from qwen_jax.checkpoint.names import Path, Region, Rows, printable
-from qwen_jax.checkpoint.reader import StoredTensor
+from qwen_jax.checkpoint.reader import Index, StoredTensor, bounds
 from qwen_jax.errors import UserError
 from qwen_jax.nn.quantized import QuantizedWeight
 
@@ -59,21 +59,38 @@ def to_stored(
 
 def _cut(tensor: StoredTensor, region: Region) -> StoredTensor:
     """The region of a stored tensor, in the shape of the parameter."""
-    rows = region.rows
     if region.unit_axis:
-        tensor = _derived(tensor, (tensor.shape[0], *tensor.shape[2:]), lambda values: values[:, 0])
+        tensor = _without_unit_axis(tensor)
+    rows = region.rows
     if rows is None:
         return tensor
-    shape = list(tensor.shape)
-    shape[rows.axis] = rows.groups * (rows.stop - rows.start)
+    before = (slice(None),) * rows.axis
+    if rows.groups == 1:
+        return tensor[(*before, slice(rows.start, rows.stop))]
+    width = rows.stop - rows.start
+    shape = (*tensor.shape[: rows.axis], rows.groups * width, *tensor.shape[rows.axis + 1 :])
 
-    def change(values: np.ndarray | QuantizedWeight) -> np.ndarray | QuantizedWeight:
-        if not isinstance(values, QuantizedWeight):
-            return _grouped(values, rows).reshape(shape)
-        numbers = _grouped(np.arange(tensor.shape[rows.axis]), dataclasses.replace(rows, axis=0))
-        return values[(*(slice(None),) * rows.axis, numbers.reshape(-1))]
+    def read(index: Index = ()) -> np.ndarray | QuantizedWeight:
+        wanted = bounds(index, shape)
+        cut = wanted[rows.axis]
+        first, last = cut.start // width, -(-cut.stop // width)
+        groups = slice(first * rows.total, last * rows.total)
+        values = tensor[(*wanted[: rows.axis], groups, *wanted[rows.axis + 1 :])].read()
+        numbers = np.arange(cut.start, cut.stop)
+        numbers = (numbers // width - first) * rows.total + rows.start + numbers % width
+        return values[(*before, numbers)]
 
-    return _derived(tensor, tuple(shape), change)
+    return dataclasses.replace(tensor, shape=shape, read=read)
+
+
+def _without_unit_axis(tensor: StoredTensor) -> StoredTensor:
+    shape = (tensor.shape[0], *tensor.shape[2:])
+
+    def read(index: Index = ()) -> np.ndarray:
+        rows, *rest = bounds(index, shape)
+        return tensor.read((rows, slice(None), *rest))[:, 0]
+
+    return dataclasses.replace(tensor, shape=shape, read=read)
 
 
 def _grouped(values: np.ndarray, rows: Rows) -> np.ndarray:
@@ -82,12 +99,6 @@ def _grouped(values: np.ndarray, rows: Rows) -> np.ndarray:
     grouped = values.reshape(*before, rows.groups, rows.total, *after)
     within = (slice(None),) * (rows.axis + 1)
     return grouped[(*within, slice(rows.start, rows.stop))]
-
-
-def _derived(
-    tensor: StoredTensor, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]
-) -> StoredTensor:
-    return dataclasses.replace(tensor, shape=shape, read=lambda: change(tensor.read()), parts=())
 
 
 def stack(parts: list[StoredTensor]) -> StoredTensor:
@@ -102,11 +113,13 @@ def stack(parts: list[StoredTensor]) -> StoredTensor:
             "not all quantised; quantise all or none"
         )
 
-    def read() -> np.ndarray | QuantizedWeight:
+    def read(index: Index = ()) -> np.ndarray | QuantizedWeight:
+        wanted = bounds(index, shape)
+        found = [part[wanted[1:]] for part in parts[wanted[0]]]
         if parts[0].quantised:
-            return jax.tree.map(lambda *a: np.stack(a), *(part.read() for part in parts))
-        out = np.empty(shape, dtype)
-        for place, part in zip(out, parts, strict=True):
+            return jax.tree.map(lambda *a: np.stack(a), *(part.read() for part in found))
+        out = np.empty((len(found), *found[0].shape), dtype)
+        for place, part in zip(out, found, strict=True):
             part.read_into(place)
         return out
 
@@ -116,11 +129,11 @@ def stack(parts: list[StoredTensor]) -> StoredTensor:
 def _hold(tensor: StoredTensor, path: Path, held: dict[Path, np.ndarray]) -> StoredTensor:
     """`tensor` with its values left in `held` until another's are: its experts take turns."""
 
-    def read() -> np.ndarray:
+    def read(index: Index = ()) -> np.ndarray:
         if path not in held:
             held.clear()
             held[path] = tensor.read()
-        return held[path]
+        return held[path][index]
 
     return dataclasses.replace(tensor, read=read)
 
@@ -128,7 +141,11 @@ def _hold(tensor: StoredTensor, path: Path, held: dict[Path, np.ndarray]) -> Sto
 def _expert(tensor: StoredTensor, expert: int) -> StoredTensor:
     if tensor.parts:
         return tensor.parts[expert]
-    return _derived(tensor, tensor.shape[1:], lambda values: values[expert])
+
+    def read(index: Index = ()) -> np.ndarray:
+        return tensor.read((slice(expert, expert + 1), *index))[0]
+
+    return dataclasses.replace(tensor, shape=tensor.shape[1:], read=read)
 
 
 def _paste(name: str, pieces: list[tuple[Region, StoredTensor]]) -> StoredTensor:
@@ -140,12 +157,12 @@ def _paste(name: str, pieces: list[tuple[Region, StoredTensor]]) -> StoredTensor
     # Experts are taken off already.
     shape = stored_shape(dataclasses.replace(region, expert=None, unit_axis=False), tensor.shape)
 
-    def read() -> np.ndarray:
+    def read(index: Index = ()) -> np.ndarray:
         out = np.empty(shape, dtype)
         for region, tensor in pieces:
             place = _grouped(out, region.rows)
             place[...] = tensor.read().reshape(place.shape)
-        return out[:, None] if region.unit_axis else out
+        return (out[:, None] if region.unit_axis else out)[index]
 
     whole = stored_shape(dataclasses.replace(region, expert=None), tensor.shape)
     return StoredTensor(name, None, whole, dtype, read)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from qwen_jax.checkpoint import names
-from qwen_jax.checkpoint.reader import QUANTISED_DTYPES, SAFETENSORS_DTYPES, StoredTensor
+from qwen_jax.checkpoint.reader import QUANTISED_DTYPES, SAFETENSORS_DTYPES, Index, StoredTensor
 from qwen_jax.checkpoint.regions import to_stored
 from qwen_jax.checkpoint.tree_check import check_tree
 from qwen_jax.config import ModelConfig
@@ -94,20 +95,32 @@ def save_pretrained(
 ) -> None:
     """Writes `params` and the config.json of `config` as a new Hugging Face directory.
 
-    The dtype in config.json is that of `params`, the wider one where they have several.
+    The dtype in config.json is that of `params`, the wider one where they have several. They may be
+    sharded: a tensor is gathered at a time. Of several processes all call this, the first writes,
+    and all return when it has; each then holds a whole tensor on each of its devices.
 
     Raises:
       UserError: `target` exists, or cannot be written; `params` are not those of `config`.
     """
     target = Path(target).expanduser()
-    check_vacant(target)
+    is_first = jax.process_index() == 0
+    if is_first:
+        check_vacant(target)
     check_tree(config, params, "params")
     dtype = jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(params)})
     config = dataclasses.replace(config, dtype=dtype.name)
     content = write_hf_config(config)
-    with new_directory(target) as directory:
-        write_json(directory / "config.json", content)
-        write_tensors(directory, tensors_of(config, params), max_shard_size)
+    tensors = tensors_of(config, params)
+    if is_first:
+        with new_directory(target) as directory:
+            write_json(directory / "config.json", content)
+            write_tensors(directory, tensors, max_shard_size)
+    else:
+        # Takes part in gathering them, in the order of the one that writes.
+        for names_of_file in _files(tensors, max_shard_size).values():
+            for name in names_of_file:
+                tensors[name].read()
+    multihost_utils.sync_global_devices(f"saved {target}")
 
 
 def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -115,12 +128,28 @@ def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stor
 
     def tensor(path: names.Path) -> StoredTensor:
         leaf = names.leaf_at(params, path)
-        return StoredTensor(
-            "/".join(path), None, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf)
-        )
+
+        def read(index: Index = ()) -> np.ndarray:
+            return _gathered(leaf)[index]
+
+        return StoredTensor("/".join(path), None, leaf.shape, np.dtype(leaf.dtype), read)
 
     regions = names.regions(config)
     return to_stored(regions, {region.path: tensor(region.path) for region in regions})
+
+
+def _gathered(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """All values, on this host."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    out = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            # JAX keeps an array's values once they are on the host: those of a copy go with it.
+            out[shard.index] = np.asarray(jax.device_put(shard.data, may_alias=False))
+    return out
 
 
 def write_tensors(
@@ -130,40 +159,46 @@ def write_tensors(
 
     One tensor is in memory at a time.
     """
-    shards: list[dict[str, StoredTensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + num_bytes(tensor) > max_shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += num_bytes(tensor)
-    weight_map = {}
+    files = _files(tensors, max_shard_size)
     with tqdm.tqdm(desc="writing", total=len(tensors), unit="tensor", disable=None) as bar:
-        for i, shard in enumerate(shards, start=1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            _write_safetensors(directory / file, shard, bar)
-            weight_map.update(dict.fromkeys(shard, file))
-    if len(shards) > 1:
+        for file, order in files.items():
+            _write_safetensors(directory / file, {name: tensors[name] for name in order}, bar)
+    if len(files) > 1:
         total = sum(map(num_bytes, tensors.values()))
+        weight_map = {name: file for file, order in files.items() for name in order}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
 
 
+def _files(tensors: Mapping[str, StoredTensor], max_shard_size: int) -> dict[str, list[str]]:
+    """The names of the tensors of each file, in the order of both."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + num_bytes(tensor) > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += num_bytes(tensor)
+    for shard in shards:
+        # Wider values first, so that each tensor starts at a multiple of its item size.
+        shard.sort(key=lambda name: -tensors[name].dtype.itemsize)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    total = len(shards)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
 def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqdm.tqdm) -> None:
     """The file format of safetensors, a tensor at a time; its library wants all of them at once."""
-    # Wider values first, so that each tensor starts at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     # Older transformers refuse a file without this note of its layout.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in order:
-        begin, end = end, end + num_bytes(tensors[name])
+    for name, tensor in tensors.items():
+        begin, end = end, end + num_bytes(tensor)
         header[name] = {
-            "dtype": _DTYPE_CODES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     encoded = json.dumps(header).encode()
@@ -171,8 +206,8 @@ def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqd
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for name in order:
-            values = np.ascontiguousarray(tensors[name].read())
+        for tensor in tensors.values():
+            values = np.ascontiguousarray(tensor.read())
             file.write(memoryview(values.reshape(-1).view(np.uint8)))
             bar.update()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.orbax_format import is_orbax
@@ -71,7 +72,10 @@ class Parity:
 
 
 def compare_with_reference(
-    directory: Path, input_ids: np.ndarray, weights: Weights = "dense"
+    directory: Path,
+    input_ids: np.ndarray,
+    weights: Weights = "dense",
+    mesh: Mesh | str | None = None,
 ) -> Parity:
     """Runs `input_ids` [B, T] through both in float32, one after the other.
 
@@ -79,7 +83,7 @@ def compare_with_reference(
     that transformers has no class for, what it reads is compared and the head is not.
 
     The reference runs a quantised checkpoint dequantised, since it reads each format with a package
-    of its own; here `weights` says how it is loaded.
+    of its own; here `weights` says how it is loaded, and `mesh` onto which devices.
 
     Raises:
       UserError: torch and transformers are not installed, or one side cannot load the directory.
@@ -91,7 +95,7 @@ def compare_with_reference(
         )
     check_has_reference(directory)
     # Ours first: it says in one line what is wrong with a directory.
-    head, states, output = _run_ours(directory, input_ids, weights)
+    head, states, output = _run_ours(directory, input_ids, weights, mesh)
     auto_class, output_name = _CLASSES[head]
     with _dequantised(directory) as dense:
         expected_states, expected_output = _run_transformers(dense, input_ids, auto_class)
@@ -133,10 +137,10 @@ def _dequantised(directory: Path) -> Iterator[Path]:
 
 
 def _run_ours(
-    directory: Path, input_ids: np.ndarray, weights: Weights
+    directory: Path, input_ids: np.ndarray, weights: Weights, mesh: Mesh | str | None
 ) -> tuple[HeadKind, list[np.ndarray], np.ndarray | None]:
     """The head, hidden states, and what the head makes of them: [B, V] of a sequence classifier."""
-    model, params = load_pretrained(directory, dtype="float32", weights=weights)
+    model, params = load_pretrained(directory, "float32", mesh, weights=weights)
     with jax.default_matmul_precision("highest"):
         out = model.apply({"params": params}, input_ids)
     head, output = model.config.head, out.logits

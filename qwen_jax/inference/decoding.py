@@ -27,6 +27,7 @@ from qwen_jax.inference.sampling import (
 )
 from qwen_jax.models.decoder import Decoder, warn_if_longer
 from qwen_jax.nn.cache import Cache, grow_cache, init_cache
+from qwen_jax.sharding.axes import Layout, constrain, num_shards
 
 # Slots that a cache gets for new tokens at first; it doubles when they are used up, so that a
 # high `max_new_tokens` costs nothing until the text is that long.
@@ -136,12 +137,12 @@ class TokenStream:
             self._state = self._prefill()
         else:
             self._make_room()
-            self._state = _decode_step(
+            self._state = decode_step(
                 self._model, self._params, self._state, self._next_forced(), self._rule
             )
             self._used += 1
         self._given += 1
-        tokens = np.asarray(self._state.tokens).tolist()
+        tokens = np.asarray(self._state.tokens)[: len(self._prompts)].tolist()
         step = [
             token if active else None for token, active in zip(tokens, self._active, strict=True)
         ]
@@ -181,8 +182,10 @@ class TokenStream:
         return self._params["embed_tokens"]["weight"].dtype
 
     def _prefill(self) -> DecodeState:
-        B = len(self._prompts)
         lengths = np.array([len(prompt) for prompt in self._prompts])
+        # Rows that only the mesh needs have no tokens.
+        lengths = np.pad(lengths, (0, self._extra_rows))
+        B = len(lengths)
         longest = int(lengths.max())
         # A turn of a chat is short and its program depends on the cache's size too: few lengths.
         T = bucket(longest, 16 if self._start_cache is None else 32)
@@ -194,18 +197,18 @@ class TokenStream:
         config = self._model.config
         self._used += longest
         if self._start_cache is None:
-            cache = init_cache(config, B, T, self._dtype)
+            cache = init_cache(config, B, T, self._dtype, self._model.mesh)
             past = np.zeros(B, np.int32)
         else:
             cache = self._start_cache
             past = np.asarray(cache.next_positions)
             if self._used > cache.capacity:
-                cache = grow_cache(cache, self._roomy_capacity())
+                cache = grow_cache(cache, self._roomy_capacity(), self._model.mesh)
         self._start_cache = None
         positions = np.where(mask, past[:, None] + columns, 0)
         rows = self._first_row + np.arange(B)
         warn_if_longer(config, int((past + lengths).max()))
-        return _prefill(
+        return prefill(
             self._model,
             self._params,
             cache,
@@ -219,9 +222,14 @@ class TokenStream:
         )
 
     def _next_forced(self) -> np.ndarray:
-        """int32 [B]: the token that each row must take next, -1 where it may choose."""
+        """int32, for each row the token that it must take next, -1 where it may choose."""
         forced = [queue.popleft() if queue else -1 for queue in self._forced]
-        return np.array(forced, np.int32)
+        return np.array(forced + [-1] * self._extra_rows, np.int32)
+
+    @property
+    def _extra_rows(self) -> int:
+        mesh = self._model.mesh
+        return 0 if mesh is None else -len(self._prompts) % num_shards(mesh, "batch")
 
     def _make_room(self) -> None:
         """A slot for the token about to enter the cache."""
@@ -230,7 +238,7 @@ class TokenStream:
             return
         self._is_tight = False
         self._state = self._state.replace(
-            cache=grow_cache(self._state.cache, self._roomy_capacity())
+            cache=grow_cache(self._state.cache, self._roomy_capacity(), self._model.mesh)
         )
 
     def _roomy_capacity(self) -> int:
@@ -282,7 +290,8 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rule) -> DecodeState:
+def prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rule) -> DecodeState:
+    """The first step: prompts [B, T] into an empty or used cache, which is donated."""
     out = model.apply({"params": params}, ids, mask, positions, cache, "last")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     seen = None
@@ -291,23 +300,26 @@ def _prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rul
         filled = jnp.arange(out.cache.capacity) < out.cache.lengths[:, None]
         seen = init_seen(out.cache.ids, filled, model.config.vocab_size)
     state = DecodeState(out.cache, ids[:, 0], keys, jnp.zeros((), jnp.int32), seen)
-    return _chosen(state, out.logits[:, 0], forced, rule)
+    return _chosen(model, state, out.logits[:, 0], forced, rule)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _decode_step(model, params, state, forced, rule) -> DecodeState:
+def decode_step(model, params, state, forced, rule) -> DecodeState:
+    """One more token for every row; `state` is donated. `forced` as `_next_forced` has it."""
     out = model.apply({"params": params}, state.tokens[:, None], cache=state.cache)
-    return _chosen(state.replace(cache=out.cache), out.logits[:, 0], forced, rule)
+    return _chosen(model, state.replace(cache=out.cache), out.logits[:, 0], forced, rule)
 
 
 def _chosen(
-    state: DecodeState, logits: jax.Array, forced: jax.Array, rule: SamplingRule
+    model: Decoder, state: DecodeState, logits: jax.Array, forced: jax.Array, rule: SamplingRule
 ) -> DecodeState:
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     tokens = choose(logits, state.seen, keys, rule)
     # A row whose logits are not numbers stays marked.
     tokens = jnp.where((forced >= 0) & (tokens >= 0), forced, tokens)
     seen = None if state.seen is None else count(state.seen, tokens)
+    # Every process reads them.
+    tokens = constrain(tokens, model.mesh and Layout(model.mesh), None)
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
 
 

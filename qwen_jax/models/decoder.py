@@ -4,26 +4,44 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen_jax.config import HeadKind, LayerKind, ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.nn import dual_chunk
-from qwen_jax.nn.attention import Attention, DualChunk, Tokens
-from qwen_jax.nn.cache import Cache, KeyValues, init_cache, write_slots
-from qwen_jax.nn.delta_rule import DeltaState, GatedDeltaNet
+from qwen_jax.models.placement import (
+    Call,
+    LogitsAt,
+    arrange,
+    check_call,
+    place,
+    restore,
+    select,
+    tokens_of_cache,
+)
+from qwen_jax.nn.attention import Attention, Tokens
+from qwen_jax.nn.cache import Cache, KeyValues, cache_shardings, init_cache
+from qwen_jax.nn.delta_rule import DeltaState
+from qwen_jax.nn.gated_delta_net import GatedDeltaNet
 from qwen_jax.nn.linear import Linear, fetch_param, linear
 from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.moe import Dispatch, Routing, SparseMoe
 from qwen_jax.nn.norms import RMSNorm
-from qwen_jax.nn.rope import inverse_frequencies, logn_scale, rotation
+from qwen_jax.nn.rope import inverse_frequencies
+from qwen_jax.sharding.axes import (
+    HIDDEN,
+    TOKENS,
+    Layout,
+    constrain,
+    gather,
+    on_shards,
+)
 
-LogitsAt = Literal["all", "last"] | jax.Array
 LayerCache = KeyValues | DeltaState
 
 
@@ -72,18 +90,18 @@ class DecoderLayer(nn.Module):
         normed = _norm(config, RMSNorm, name="input_layernorm")(x)
         if self.kind is LayerKind.LINEAR_ATTENTION:
             mixer = GatedDeltaNet(config, name="linear_attn")
-            mixed, cache = mixer(normed, tokens.real, cache)
+            mixed, cache = mixer(normed, tokens.real, cache, tokens.layout, tokens.segments)
         else:
             mixer = Attention(config, self.kind, name="self_attn")
             mixed, cache = mixer(normed, tokens, cache)
-        x = x + mixed
+        x = constrain(x + mixed, tokens.layout, *HIDDEN)
         normed = _norm(config, RMSNorm, name="post_attention_layernorm")(x)
         if self.is_sparse:
             experts = SparseMoe(config, self.dispatch, self.capacity_factor, name="mlp")
-            y, routing = experts(normed, tokens.real)
+            y, routing = experts(normed, tokens.real, tokens.layout)
         else:
-            y, routing = SwiGLU(config, name="mlp")(normed), None
-        return x + y, cache, routing
+            y, routing = SwiGLU(config, name="mlp")(normed, tokens.layout), None
+        return constrain(x + y, tokens.layout, *HIDDEN), cache, routing
 
 
 def _norm(config: ModelConfig, kind: type[nn.Module], **options: Any) -> nn.Module:
@@ -93,7 +111,15 @@ def _norm(config: ModelConfig, kind: type[nn.Module], **options: Any) -> nn.Modu
 # Outside of `jit`, a forward pass runs a handful of compiled programs, one for all layers of a
 # kind, so that the first pass compiles a layer and not the model. Inside of `jit`, layers share
 # their trace and XLA inlines the calls.
-_CompiledLayer = nn.jit(DecoderLayer)
+@functools.cache
+def _compiled_layer(config: ModelConfig, mesh: Mesh | None) -> type[nn.Module]:
+    """`DecoderLayer`, its parameters put together on a mesh as it runs."""
+    if mesh is None:
+        return nn.jit(DecoderLayer)
+    put_together = functools.partial(gather, config, mesh)
+    return nn.jit(nn.map_variables(DecoderLayer, "params", put_together))
+
+
 _CompiledNorm = nn.jit(RMSNorm)
 _CompiledLinear = nn.jit(Linear)
 _compiled_linear = jax.jit(linear, static_argnames="out_dtype")
@@ -109,19 +135,22 @@ class Decoder(nn.Module):
       dispatch: how experts run; None for `nn.moe.choose_dispatch`'s choice in each call.
       capacity_factor: of `Dispatch.CAPACITY`, and only of it; what was dropped is in the output's
         `router`.
+      mesh: of the devices that share the work, from `sharding.axes.as_mesh`; None for one device.
     """
 
     config: ModelConfig
     dispatch: Dispatch | None = None
     capacity_factor: float | None = None
+    mesh: Mesh | None = None
 
     def setup(self):
         """Declares the blocks; their names are the paths in the parameter tree."""
         config = self.config
         sparse = config.moe.layers if config.moe else ()
         self.embed_tokens = _Embedding(config)
+        layer = _compiled_layer(config, None if self.is_initializing() else self.mesh)
         self.layers = [
-            _CompiledLayer(config, kind, i in sparse, self.dispatch, self.capacity_factor)
+            layer(config, kind, i in sparse, self.dispatch, self.capacity_factor)
             for i, kind in enumerate(config.layer_types)
         ]
         self.norm = _norm(config, _CompiledNorm)
@@ -138,7 +167,7 @@ class Decoder(nn.Module):
                 self.answer_guard = _Guard(config, config.guard.widths[:2])
                 self.query_guard = _Guard(config, config.guard.widths[2:])
         if config.mtp_layers:
-            self.mtp = _MtpHead(config, self.dispatch, self.capacity_factor)
+            self.mtp = _MtpHead(config, layer, self.dispatch, self.capacity_factor)
 
     def __call__(
         self,
@@ -147,6 +176,7 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         logits_at: LogitsAt = "all",
+        segment_ids: jax.Array | None = None,
     ) -> DecoderOutput:
         """Runs the tokens of one call.
 
@@ -159,32 +189,113 @@ class Decoder(nn.Module):
             before it is full: a row with more tokens than slots gets NaN for logits.
           logits_at: "all", "last" (each row's last real token), or int [P] or [B, P] indices
             into the T tokens of this call. A string is static under `jit`.
+          segment_ids: int [B, T], for several texts in a row one after another: the number of each
+            token's text, counted up from 0 or more. A token sees its own text only; give positions
+            that start again with each as well. Not with a cache.
 
         Raises:
-          ValueError: arguments of another shape than these.
+          ValueError: arguments of another shape than these, or segments with a cache.
         """
         config = self.config
-        ids, mask, positions = _checked(input_ids, attention_mask, positions)
+        call = check_call(input_ids, attention_mask, positions, segment_ids)
         if cache is None:
-            warn_if_longer(config, ids.shape[1])
-            cache_after = None
-            tokens = _place(config, ids, mask, positions)
+            warn_if_longer(config, call.ids.shape[1])
             layers = (None,) * config.num_hidden_layers
-        else:
-            tokens, cache_after = _place_after(config, ids, mask, positions, cache)
+        ids, tokens, cache_after = place(config, self.mesh, call, cache)
+        if cache is not None:
             if config.rope.depends_on_length:
                 cache = self._follow_length(cache, cache_after.frequencies_for)
             layers = cache.layers
-        x = _embed(self.embed_tokens(), ids)
+        x = _embed(self._table("embed_tokens"), ids, tokens.layout)
         hidden_states, layers, router = self._run_layers(x, tokens, layers)
         x = self.norm(hidden_states[-1])
         if config.mtp_layers and self.is_initializing():
             self.predict_next(x, ids)
+        return self._output(
+            config, call, tokens, cache_after, layers, (*hidden_states[:-1], x), router, logits_at
+        )
+
+    def begin(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Tokens]:
+        """The embeddings [B', T', D] of a call without a cache, and where its tokens stand.
+
+        With `layer` and `finish` it is a pass in parts, for callers that run the layers in their
+        own way. Arguments as for a pass; what belongs to its tokens goes through
+        `placement.arrange`.
+        """
+        call = check_call(input_ids, attention_mask, positions, segment_ids)
+        ids, tokens, _ = place(self.config, self.mesh, call, None)
+        return _embed(self._table("embed_tokens"), ids, tokens.layout), tokens
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The last layer's output [B', T', D] behind the final norm."""
+        return self.norm(x)
+
+    @nn.nowrap
+    def layer(self, i: int) -> nn.Module:
+        """The i-th layer by itself.
+
+        Usage: `model.layer(i).apply({"params": params[f"layers_{i}"]}, x, tokens, None)`.
+        """
+        config = self.config
+        is_sparse = config.moe is not None and i in config.moe.layers
+        return _compiled_layer(config, self.mesh)(
+            config, config.layer_types[i], is_sparse, self.dispatch, self.capacity_factor
+        )
+
+    def _table(self, name: str) -> jax.Array:
+        """The weight [V, D] of the input table or of the output head."""
+        weight = getattr(self, name)()
+        if self.mesh is None or self.is_initializing():
+            return weight
+        return gather(self.config, self.mesh, {name: {"weight": weight}})[name]["weight"]
+
+    def _output(
+        self,
+        config: ModelConfig,
+        call: Call,
+        tokens: Tokens,
+        cache: Cache | None,
+        layers: tuple[LayerCache | None, ...],
+        hidden_states: tuple[jax.Array, ...],
+        router: tuple[Routing | None, ...],
+        logits_at: LogitsAt,
+    ) -> DecoderOutput:
+        """What the caller gets of a pass: its own rows and columns, in its own order."""
+        B, T = call.ids.shape
+        wants_all = isinstance(logits_at, str) and logits_at == "all"
+        logits = self._read(select(hidden_states[-1], logits_at, call, tokens))
+        if logits is not None:
+            if config.head is HeadKind.VOCABULARY:
+                along = "length" if wants_all else None
+                logits = constrain(logits, tokens.layout, "batch", along, "vocabulary")
+            logits = _of_those_that_fit(logits, cache)
+            logits = logits[:B, :T] if wants_all else logits[:B]
+        if cache is not None:
+            cache = cache.replace(layers=layers)
+            if self.mesh is not None:
+                places = cache_shardings(config, self.mesh)
+                cache = jax.lax.with_sharding_constraint(cache, places)
+
+        def own(x: jax.Array) -> jax.Array:
+            return restore(tokens, x)[:B, :T]
+
+        def own_routing(routing: Routing | None) -> Routing | None:
+            if routing is None:
+                return None
+            fields = ("logits", "experts", "weights")
+            return routing.replace(**{name: own(getattr(routing, name)) for name in fields})
+
         return DecoderOutput(
-            logits=_of_those_that_fit(self._read(_select(x, logits_at, mask)), cache_after),
-            cache=None if cache is None else cache_after.replace(layers=layers),
-            hidden_states=(*hidden_states[:-1], x),
-            router=router,
+            logits=logits,
+            cache=cache,
+            hidden_states=tuple(map(own, hidden_states)),
+            router=tuple(map(own_routing, router)),
         )
 
     def predict_next(
@@ -219,25 +330,27 @@ class Decoder(nn.Module):
         config = self.config
         if not config.mtp_layers:
             raise ValueError("the model has no head for the token after the next (mtp_layers = 0)")
-        ids, mask, positions = _checked(next_ids, attention_mask, positions)
-        if jnp.shape(hidden_states) != (*ids.shape, config.hidden_size):
+        call = check_call(next_ids, attention_mask, positions)
+        expected = (*call.ids.shape, config.hidden_size)
+        if jnp.shape(hidden_states) != expected:
             raise ValueError(
                 f"hidden_states has shape {jnp.shape(hidden_states)}, where next_ids of shape "
-                f"{ids.shape} need {(*ids.shape, config.hidden_size)}"
+                f"{call.ids.shape} need {expected}"
             )
-        if cache is None:
-            cache_after, layer_cache = None, None
-            tokens = _place(config, ids, mask, positions)
-        else:
-            tokens, cache_after = _place_after(config, ids, mask, positions, cache)
-            (layer_cache,) = cache.layers
-        embedded = _embed(self.embed_tokens(), ids)
+        ids, tokens, cache_after = place(config, self.mesh, call, cache)
+        embedded = _embed(self._table("embed_tokens"), ids, tokens.layout)
+        hidden_states = arrange(tokens, hidden_states)
+        layer_cache = None if cache is None else cache.layers[0]
         x, layer_cache, routing = self.mtp(embedded, hidden_states, tokens, layer_cache, step)
-        return DecoderOutput(
-            logits=_of_those_that_fit(self._read(_select(x, logits_at, mask)), cache_after),
-            cache=None if cache is None else cache_after.replace(layers=(layer_cache,)),
-            hidden_states=(x,),
-            router=(routing,),
+        return self._output(
+            mtp_config(config),
+            call,
+            tokens,
+            cache_after,
+            (layer_cache,),
+            (x,),
+            (routing,),
+            logits_at,
         )
 
     def _read(self, x: jax.Array) -> jax.Array | None:
@@ -247,7 +360,7 @@ class Decoder(nn.Module):
             case HeadKind.NONE:
                 return None
             case HeadKind.VOCABULARY:
-                head = self.embed_tokens() if config.tie_word_embeddings else self.lm_head()
+                head = self._table("embed_tokens" if config.tie_word_embeddings else "lm_head")
                 return _compiled_linear(x, head, out_dtype=jnp.float32)
             case HeadKind.TWO_LAYER_SCORE:
                 return self.score_2(nn.relu(self.score_0(x))).astype(jnp.float32)
@@ -281,13 +394,11 @@ class Decoder(nn.Module):
         after = inverse_frequencies(config.rope, config.rotary_dim, longest)
         stale = jnp.any(after != before) & jnp.any(cache.lengths)
 
+        layout = self.mesh and Layout.of(config, self.mesh)
+
         def rebuild(decoder: "Decoder", cache: Cache) -> Cache:
-            slots = jnp.broadcast_to(jnp.arange(cache.capacity), cache.ids.shape)
-            real = slots < cache.lengths[:, None]
-            tokens = _tokens(
-                config, slots, real, None, cache.positions, longest, cache.positions, cache.lengths
-            )
-            x = _embed(decoder.embed_tokens(), cache.ids)
+            tokens = tokens_of_cache(config, layout, cache, longest)
+            x = _embed(decoder._table("embed_tokens"), cache.ids, layout)
             layers = tuple(
                 layer if isinstance(layer, KeyValues) else jax.tree.map(jnp.zeros_like, layer)
                 for layer in cache.layers
@@ -328,6 +439,7 @@ class _MtpHead(nn.Module):
     """
 
     config: ModelConfig
+    layer: type[nn.Module]
     dispatch: Dispatch | None = None
     capacity_factor: float | None = None
 
@@ -339,9 +451,7 @@ class _MtpHead(nn.Module):
         self.fc = _CompiledLinear(config.hidden_size, stddev=config.initializer_range)
         (kind,) = config.layer_types
         self.layers = [
-            _CompiledLayer(
-                config, kind, config.moe is not None, self.dispatch, self.capacity_factor
-            )
+            self.layer(config, kind, config.moe is not None, self.dispatch, self.capacity_factor)
             for _ in range(self.config.mtp_layers)
         ]
         self.norm = _norm(config, _CompiledNorm)
@@ -375,7 +485,9 @@ def mtp_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-def init_mtp_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+def init_mtp_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
+) -> Cache:
     """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`.
 
     Raises:
@@ -387,7 +499,7 @@ def init_mtp_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dt
             f"rope_type = {config.rope.kind.value} changes what the head has cached as the text "
             "grows; run predict_next without a cache"
         )
-    return init_cache(mtp_config(config), batch, capacity, dtype)
+    return init_cache(mtp_config(config), batch, capacity, dtype, mesh)
 
 
 class _Embedding(nn.Module):
@@ -401,121 +513,22 @@ class _Embedding(nn.Module):
         return fetch_param(self, "weight", init, (self.config.vocab_size, self.config.hidden_size))
 
 
-@jax.jit
-def _embed(table: jax.Array, ids: jax.Array) -> jax.Array:
-    # Ids outside the table, below 0 too, become NaN instead of some other token's embedding.
-    return jnp.take(table, jnp.where(ids < 0, table.shape[0], ids), axis=0, mode="fill")
+@functools.partial(jax.jit, static_argnames="layout")
+def _embed(table: jax.Array, ids: jax.Array, layout: Layout | None) -> jax.Array:
+    parts = layout.axes_of("vocabulary") if layout else ()
 
+    def shard(table: jax.Array, ids: jax.Array) -> jax.Array:
+        rows = table.shape[0]
+        # Ids outside the table, below 0 too, become NaN instead of some other token's embedding.
+        if not parts:
+            return jnp.take(table, jnp.where(ids < 0, rows, ids), axis=0, mode="fill")
+        mine = ids - rows * jax.lax.axis_index(parts)
+        found = jnp.take(table, mine, axis=0, mode="clip")
+        found = jnp.where(((mine >= 0) & (mine < rows))[..., None], found, 0)
+        known = (ids >= 0) & (ids < rows * jax.lax.axis_size(parts))
+        return jnp.where(known[..., None], jax.lax.psum(found, parts), jnp.nan)
 
-def _checked(
-    input_ids: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Token ids, mask and positions of a call in the dtypes that are computed with."""
-    try:
-        ids = jnp.asarray(input_ids)
-    except ValueError:
-        raise ValueError(
-            "input_ids has rows of different lengths; pad them and give a mask"
-        ) from None
-    if ids.ndim != 2 or not ids.size:
-        raise ValueError(f"input_ids has shape {ids.shape}; give token ids [batch, length]")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"input_ids are {ids.dtype}; give integers, the ids of tokens")
-    ids = ids.astype(jnp.int32)
-    mask = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-    positions = None if positions is None else jnp.asarray(positions, jnp.int32)
-    for name, array in (("attention_mask", mask), ("positions", positions)):
-        if array is not None and array.shape != ids.shape:
-            raise ValueError(f"{name} has shape {array.shape}, the token ids {ids.shape}")
-    return ids, mask, positions
-
-
-def _tokens(
-    config: ModelConfig,
-    slots: jax.Array,
-    real: jax.Array | None,
-    key_valid: jax.Array | None,
-    positions: jax.Array,
-    frequencies_for: jax.Array,
-    key_positions: jax.Array,
-    lengths: jax.Array,
-) -> Tokens:
-    """Tokens at `positions`; `lengths` [B] are those of the rows with this call's tokens."""
-
-    def rotated(positions: jax.Array):
-        return rotation(config.rope, config.rotary_dim, positions, frequencies_for)
-
-    spec, dual = config.dual_chunk, None
-    place = positions
-    if spec is not None:
-        place, successive, inter = dual_chunk.query_positions(spec, positions)
-        dual = DualChunk(
-            successive=rotated(successive),
-            inter=rotated(inter),
-            query_chunks=dual_chunk.chunks(spec, positions),
-            key_chunks=dual_chunk.chunks(spec, key_positions),
-            scale=dual_chunk.length_scale(spec, lengths),
-        )
-    return Tokens(
-        slots=slots,
-        real=real,
-        key_valid=key_valid,
-        rotation=rotated(place),
-        query_scale=config.logn_length and logn_scale(positions, config.logn_length),
-        dual_chunk=dual,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _place(
-    config: ModelConfig, ids: jax.Array, mask: jax.Array | None, positions: jax.Array | None
-) -> Tokens:
-    """Where the tokens of a call without a cache stand: in order, padding included."""
-    order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    positions = order if positions is None else jnp.broadcast_to(positions, ids.shape)
-    lengths = jnp.full(ids.shape[0], ids.shape[1]) if mask is None else mask.sum(axis=1)
-    frequencies_for = lengths if config.rope.depends_on_prompt else positions.max() + 1
-    return _tokens(config, order, mask, mask, positions, frequencies_for, positions, lengths)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _place_after(
-    config: ModelConfig,
-    ids: jax.Array,
-    mask: jax.Array | None,
-    positions: jax.Array | None,
-    cache: Cache,
-) -> tuple[Tokens, Cache]:
-    """Where the tokens of a call stand after those of `cache`, and its books with them entered."""
-    counted = True
-    if positions is None:
-        positions = cache.next_positions[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
-    elif mask is not None:
-        # Where a caller says what stands where, padding stands nowhere.
-        counted = mask
-    positions = jnp.broadcast_to(positions, ids.shape)
-    last = jnp.where(counted, positions, -1).max(axis=1)
-    next_positions = jnp.maximum(cache.next_positions, last + 1)
-    real = jnp.ones_like(ids) if mask is None else mask.astype(jnp.int32)
-    order = jnp.cumsum(real, axis=1)
-    lengths = cache.lengths + order[:, -1]
-    if config.rope.depends_on_prompt:
-        frequencies_for = jnp.where(cache.lengths == 0, lengths, cache.frequencies_for)
-    else:
-        # The longest row sets the frequencies of the whole batch, as in transformers.
-        frequencies_for = jnp.full_like(cache.frequencies_for, next_positions.max())
-    slots = jnp.where(real, cache.lengths[:, None] + order - 1, cache.capacity)
-    cache = cache.replace(
-        lengths=lengths,
-        next_positions=next_positions,
-        frequencies_for=frequencies_for,
-        positions=write_slots(cache.positions, slots, positions),
-        ids=write_slots(cache.ids, slots, ids),
-    )
-    tokens = _tokens(
-        config, slots, mask, None, positions, frequencies_for, cache.positions, lengths
-    )
-    return tokens, cache
+    return on_shards(shard, layout, (("vocabulary", None), TOKENS), HIDDEN)(table, ids)
 
 
 def _of_those_that_fit(logits: jax.Array | None, cache: Cache | None) -> jax.Array | None:
@@ -526,27 +539,6 @@ def _of_those_that_fit(logits: jax.Array | None, cache: Cache | None) -> jax.Arr
     if logits is None or cache is None:
         return logits
     return jnp.where((cache.lengths <= cache.capacity)[:, None, None], logits, jnp.nan)
-
-
-def _select(x: jax.Array, logits_at: LogitsAt, mask: jax.Array | None) -> jax.Array:
-    """The hidden states [B, P, D] of `x` [B, T, D] that logits are wanted for."""
-    if isinstance(logits_at, str):
-        if logits_at == "all":
-            return x
-        if logits_at != "last":
-            raise ValueError(f"logits_at = {logits_at!r}: give 'all', 'last' or indices")
-        if mask is None:
-            return x[:, -1:]
-        last = x.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return jnp.take_along_axis(x, last[:, None, None], axis=1)
-    indices = jnp.asarray(logits_at)
-    if indices.ndim not in (1, 2):
-        raise ValueError(f"logits_at has {indices.ndim} axes; give indices [P] or [B, P]")
-    # Beyond the call's tokens there is no hidden state: those logits become NaN.
-    indices = jnp.where(indices < 0, x.shape[1], indices)
-    if indices.ndim == 1:
-        return jnp.take(x, indices, axis=1, mode="fill")
-    return jnp.take_along_axis(x, indices[..., None], axis=1, mode="fill")
 
 
 def warn_if_longer(config: ModelConfig, length: int) -> None:

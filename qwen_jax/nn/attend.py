@@ -42,9 +42,12 @@ class Mask:
     """Which keys each query sees: all of those that no attribute takes away.
 
     Attributes:
-      query_slots: int32 [B, T]; key s stands at slot s and is seen from slot s on.
+      query_slots: int32 [B, T]; a key is seen from its own slot on.
       key_valid: bool [B, S], keys that are real; None for all.
       query_groups, key_groups: int32 [B, T] and [B, S], compared by `relation`; None without one.
+      key_slots: int32 [B, S]; None where key s stands at slot s.
+      query_segments, key_segments: int32 [B, T] and [B, S], the text of several in a row that each
+        belongs to; a query sees keys of its own. None for one text a row.
       window: a query at slot t sees keys at slots above t - window; None for no limit. Static.
       relation: between the groups of queries and of the keys they see; None for any. Static.
     """
@@ -53,6 +56,9 @@ class Mask:
     key_valid: jax.Array | None = None
     query_groups: jax.Array | None = None
     key_groups: jax.Array | None = None
+    key_slots: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     relation: Relation | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -64,6 +70,7 @@ def attend(
     mask: Mask,
     scale: jax.Array | float | None = None,
     method: Literal["auto", "plain", "blockwise"] = "auto",
+    dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention; scores and softmax are float32, weights have v's dtype.
 
@@ -76,34 +83,78 @@ def attend(
       method: "plain" holds all scores [B, H, T, S] at once; "blockwise" needs memory linear in
         T and S, for gradients too (of reverse mode only), and passes over blocks that no query
         sees; "auto" is plain where the scores are few.
+      dtype: of the first result, such as float32 for one that is merged with others; None for q's.
 
     Returns:
-      [B, T, H, dv] in q's dtype, and the log-sum-exp of each query's scores, float32 [B, T, H].
+      [B, T, H, dv], and the log-sum-exp of each query's scores, float32 [B, T, H].
       A query that sees no key gets zeros, and float32's lowest number.
 
     Raises:
-      ValueError: an unknown method, or a relation without groups or groups without a relation.
+      ValueError: an unknown method, a relation without groups or groups without a relation, or
+        segments of only the queries or only the keys.
     """
     if method not in ("auto", "plain", "blockwise"):
         raise ValueError(f"method = {method!r}: give 'auto', 'plain' or 'blockwise'")
     groups = (mask.query_groups, mask.key_groups)
     if any((group is None) != (mask.relation is None) for group in groups):
         raise ValueError("mask: give relation, query_groups and key_groups together or not at all")
+    if (mask.query_segments is None) != (mask.key_segments is None):
+        raise ValueError("mask: give query_segments and key_segments together or not at all")
     T, S = q.shape[1], k.shape[1]
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
-    q = einops.rearrange(q, "B T (K G) d -> B T K G d", K=k.shape[2])
+    scale = scale_of(q, scale)
+    dtype = jnp.dtype(q.dtype if dtype is None else dtype)
+    q = _grouped(q, k)
     if method == "auto":
         few = T <= _FEW_QUERIES or (T <= _BLOCK and S <= 8 * _BLOCK)
         method = "plain" if few else "blockwise"
     if method == "plain":
-        out, lse = _plain(q, k, v, mask, scale)
+        out, lse = _plain(dtype, q, k, v, mask, scale)
     else:
-        out, lse = _blockwise(_BLOCK, q, k, v, mask, scale)
-    return einops.rearrange(out, "B T K G d -> B T (K G) d"), einops.rearrange(
-        lse, "B T K G -> B T (K G)"
-    )
+        out, lse = _blockwise(_BLOCK, dtype, q, k, v, mask, scale)
+    return _ungrouped(out), _ungrouped(lse)
+
+
+def scale_of(q: jax.Array, scale: jax.Array | float | None) -> jax.Array:
+    """float32 [B, T], what the scores of q [B, T, H, d] are multiplied by, as `attend` takes it."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), q.shape[:2])
+
+
+def gradients_of_part(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: jax.Array,
+    results: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What some of the keys give to the gradients of attention over more of them.
+
+    Args:
+      q, k, v, mask: as `attend` has them for these keys.
+      scale: float32 [B, T].
+      results: out and log-sum-exp of attention over all keys.
+      cotangents: theirs.
+
+    Returns:
+      float32 gradients of q and scale, whose sum over the parts is the whole, and of k and v.
+    """
+    out, lse, d_out, d_lse = (_grouped(x, k) for x in (*results, *cotangents))
+    q = _grouped(q, k)
+    lost = _lost(out, d_out, d_lse)
+    gradients = _gradients(_BLOCK, jnp.float32, q, k, v, mask, scale, d_out, lse, lost)
+    d_q, d_k, d_v, d_scale = gradients
+    return _ungrouped(d_q), d_scale, d_k, d_v
+
+
+def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, T, H, ...] by the heads of k [B, S, K, d]."""
+    return einops.rearrange(x, "B T (K G) ... -> B T K G ...", K=k.shape[2])
+
+
+def _ungrouped(x: jax.Array) -> jax.Array:
+    return einops.rearrange(x, "B T K G ... -> B T (K G) ...")
 
 
 def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -122,25 +173,29 @@ def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Arr
     return sum(parts).astype(outs[0].dtype), jax.nn.logsumexp(lses, axis=0)
 
 
-def _plain(q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
+def _plain(dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
     """Out and log-sum-exp of q [B, T, K, G, d], with K and G apart as well."""
-    seen = _seen(mask, jnp.arange(k.shape[1]))
+    seen = _seen(mask, k.shape[1])
     scores = _scores(q, k, seen, scale)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKd->BTKGd", weights, v).astype(q.dtype)
+    wide = jnp.promote_types(v.dtype, dtype)
+    out = jnp.einsum("BKGTS,BSKd->BTKGd", weights, v, preferred_element_type=wide).astype(dtype)
     lse = einops.rearrange(jax.nn.logsumexp(scores, axis=-1), "B K G T -> B T K G")
     sees = jnp.any(seen, axis=-1)[:, :, None, None]
     return jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, _LOWEST)
 
 
-def _seen(mask: Mask, key_slots: jax.Array) -> jax.Array:
-    """bool [B, T, S] for the keys at `key_slots` [S], whose validity and groups `mask` has."""
+def _seen(mask: Mask, S: int) -> jax.Array:
+    """bool [B, T, S] for S keys."""
     query_slots = mask.query_slots[..., None]
+    key_slots = jnp.arange(S) if mask.key_slots is None else mask.key_slots[:, None, :]
     seen = key_slots <= query_slots
     if mask.window is not None:
         seen &= key_slots > query_slots - mask.window
     if mask.key_valid is not None:
         seen &= mask.key_valid[:, None, :]
+    if mask.query_segments is not None:
+        seen &= mask.query_segments[..., None] == mask.key_segments[:, None, :]
     if mask.relation is not None:
         nearest, farthest = mask.relation.value
         distance = mask.query_groups[..., None] - mask.key_groups[:, None, :]
@@ -163,11 +218,16 @@ class _Queries:
     q: jax.Array
     slots: jax.Array
     groups: jax.Array | None
+    segments: jax.Array | None
     scale: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(block: int, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
+def _queries(q, mask: Mask, scale) -> _Queries:
+    return _Queries(q, mask.query_slots, mask.query_groups, mask.query_segments, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise(block: int, dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
     """As `_plain`, in blocks of up to `block` queries and keys."""
     S, dv = k.shape[1], v.shape[-1]
     size = _block_size(S, block)
@@ -197,27 +257,40 @@ def _blockwise(block: int, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.A
         total = jnp.where(sees, total, 1)
         lse = jnp.where(sees, highest + jnp.log(total), _LOWEST)
         return (
-            einops.rearrange(out / total[..., None], "B K G T d -> B T K G d").astype(q.dtype),
+            einops.rearrange(out / total[..., None], "B K G T d -> B T K G d").astype(dtype),
             einops.rearrange(lse, "B K G T -> B T K G"),
         )
 
-    queries = _Queries(q, mask.query_slots, mask.query_groups, scale)
+    queries = _queries(q, mask, scale)
     return _join(jax.lax.map(query_block, _split(queries, block)), q.shape[1])
 
 
-def _blockwise_forward(block, q, k, v, mask, scale):
-    out, lse = _blockwise(block, q, k, v, mask, scale)
+def _blockwise_forward(block, dtype, q, k, v, mask, scale):
+    out, lse = _blockwise(block, dtype, q, k, v, mask, scale)
     return (out, lse), (q, k, v, mask, scale, out, lse)
 
 
-def _blockwise_backward(block: int, residuals, cotangents):
-    """Gradients of q, k, v and scale; the scores are computed again, one block at a time."""
+def _blockwise_backward(block, dtype, residuals, cotangents):
     q, k, v, mask, scale, out, lse = residuals
     d_out, d_lse = cotangents
+    lost = _lost(out, d_out, d_lse)
+    gradients = _gradients(block, q.dtype, q, k, v, mask, scale, d_out, lse, lost)
+    d_q, d_k, d_v, d_scale = gradients
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_scale
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _lost(out, d_out, d_lse) -> jax.Array:
+    """The softmax's own term of a score's gradient: what the score gains, all others lose."""
+    return _product("BTKGd,BTKGd->BTKG", d_out, out) - d_lse
+
+
+def _gradients(block: int, dtype, q, k, v, mask: Mask, scale, d_out, lse, lost):
+    """Of q, in `dtype`, and of k, v and scale; the scores are computed again, a block at a time."""
     S = k.shape[1]
     size = _block_size(S, block)
-    # The softmax's own term of a score's gradient: what the score gains, all others lose.
-    lost = _product("BTKGd,BTKGd->BTKG", d_out, out) - d_lse
 
     def query_block(d_keys, xs):
         queries, *rest = xs
@@ -242,18 +315,15 @@ def _blockwise_backward(block: int, residuals, cotangents):
         d_q = jnp.zeros(queries.q.shape, jnp.float32)
         d_q, d_keys = jax.lax.fori_loop(first, end, key_block, (d_q, d_keys))
         d_scale = jnp.einsum("BTKGd,BTKGd->BT", d_q, queries.q.astype(jnp.float32))
-        return d_keys, ((d_q * queries.scale[:, :, None, None, None]).astype(q.dtype), d_scale)
+        return d_keys, ((d_q * queries.scale[:, :, None, None, None]).astype(dtype), d_scale)
 
-    queries = _Queries(q, mask.query_slots, mask.query_groups, scale)
+    queries = _queries(q, mask, scale)
     d_keys = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     (d_k, d_v), blocks = jax.lax.scan(
         query_block, d_keys, _split((queries, d_out, lse, lost), block)
     )
     d_q, d_scale = _join(blocks, q.shape[1])
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_scale
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+    return d_q, d_k, d_v, d_scale
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -304,14 +374,17 @@ def _tile(queries: _Queries, k, v, mask: Mask, j, size: int):
     def take(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-    key_slots = start + jnp.arange(size)
+    places = start + jnp.arange(size)
     mask = mask.replace(
         query_slots=queries.slots,
         query_groups=queries.groups,
+        query_segments=queries.segments,
         key_valid=jax.tree.map(take, mask.key_valid),
         key_groups=jax.tree.map(take, mask.key_groups),
+        key_slots=places[None] if mask.key_slots is None else take(mask.key_slots),
+        key_segments=jax.tree.map(take, mask.key_segments),
     )
-    seen = _seen(mask, key_slots) & (key_slots >= j * size)
+    seen = _seen(mask, size) & (places >= j * size)
     k_j, v_j = take(k), take(v)
     scores = _scores(queries.q, k_j, seen, queries.scale)
     return start, k_j, v_j, seen[:, None, None], scores
@@ -320,16 +393,29 @@ def _tile(queries: _Queries, k, v, mask: Mask, j, size: int):
 def _range_of_key_blocks(queries: _Queries, mask: Mask, S: int, size: int):
     """The first key block that one of the queries may see, and the one after the last."""
     blocks = jnp.arange(-(-S // size))
-    useful = blocks * size <= queries.slots.max()
+
+    def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The smallest and the largest in each key block of x [B, S]."""
+        x = jnp.pad(x, [(0, 0), (0, -S % size)], mode="edge")
+        x = einops.rearrange(x, "B (n s) -> n (B s)", s=size)
+        return x.min(axis=1), x.max(axis=1)
+
+    if mask.key_slots is None:
+        first_slot, last_slot = blocks * size, (blocks + 1) * size - 1
+    else:
+        first_slot, last_slot = ends(mask.key_slots)
+    useful = first_slot <= queries.slots.max()
     if mask.window is not None:
-        useful &= (blocks + 1) * size > queries.slots.min() - mask.window + 1
+        useful &= last_slot > queries.slots.min() - mask.window
+    if mask.query_segments is not None:
+        lowest, highest = ends(mask.key_segments)
+        useful &= (lowest <= queries.segments.max()) & (highest >= queries.segments.min())
     if mask.relation is not None:
         nearest, farthest = mask.relation.value
-        groups = jnp.pad(mask.key_groups, [(0, 0), (0, -S % size)], mode="edge")
-        groups = einops.rearrange(groups, "B (n s) -> n (B s)", s=size)
-        useful &= queries.groups.max() - groups.min(axis=1) >= nearest
+        lowest, highest = ends(mask.key_groups)
+        useful &= queries.groups.max() - lowest >= nearest
         if farthest is not None:
-            useful &= queries.groups.min() - groups.max(axis=1) <= farthest
+            useful &= queries.groups.min() - highest <= farthest
     first = jnp.where(useful, blocks, blocks.size).min()
     end = jnp.where(useful, blocks + 1, 0).max()
     return first, end

@@ -1,17 +1,28 @@
 """Self-attention as the models have it: projections, norms, rotation, cache, gate, output."""
 
+import functools
+
 import einops
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.attend import Mask, attend
 from qwen_jax.nn.cache import KeyValues, write_slots
-from qwen_jax.nn.dual_chunk import dual_chunk_attend
+from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
 from qwen_jax.nn.linear import Linear
 from qwen_jax.nn.norms import RMSNorm
+from qwen_jax.nn.ring import (
+    cache_attend,
+    context_attend,
+    first_slot,
+    write_own_slots,
+    write_travelling_slots,
+)
 from qwen_jax.nn.rope import Rotation, rotate
+from qwen_jax.sharding.axes import CONTEXT, TOKENS, Layout, is_cut, on_shards, repeat_heads
 
 
 @flax.struct.dataclass
@@ -41,9 +52,14 @@ class Tokens:
         queries at slot s and later. With a cache, padding has a slot past its end.
       real: bool [B, T], tokens that are not padding; None when all are real.
       key_valid: bool [B, S], keys that are real tokens; None when slots alone decide.
+      segments: int32 [B, T], the text of several in a row that each token belongs to; None for one.
+      places: int32 [B, T], where in the call's arguments each token stood, if not here; places
+        past their end are padding that only the mesh needs. Tokens see each other by slots, so
+        that their order here is free.
       rotation: of the call's tokens.
       query_scale: float32 [B, T], what queries are multiplied by; None for nothing.
       dual_chunk: in models with Dual Chunk Attention.
+      layout: where the tokens lie on a mesh; None without one.
     """
 
     slots: jax.Array
@@ -51,7 +67,10 @@ class Tokens:
     key_valid: jax.Array | None
     rotation: Rotation
     query_scale: jax.Array | None = None
+    segments: jax.Array | None = None
+    places: jax.Array | None = None
     dual_chunk: DualChunk | None = None
+    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class Attention(nn.Module):
@@ -82,6 +101,7 @@ class Attention(nn.Module):
             centered = config.zero_centered_norm
             q = RMSNorm(config.rms_norm_eps, centered, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, centered, name="k_norm")(k)
+        k, v = (repeat_heads(x, tokens.layout, "kv_heads") for x in (k, v))
         out, cache = self._attend(q, k, v, tokens, cache)
         if config.output_gate:
             out = out * nn.sigmoid(project("gate_proj", config.num_attention_heads))
@@ -92,34 +112,108 @@ class Attention(nn.Module):
         return output(out), cache
 
     def _attend(self, q, k, v, tokens: Tokens, cache: KeyValues | None):
-        """Rotates, enters keys and values into the cache, and attends over what is there."""
+        """Rotates and attends, each device on its own rows and heads."""
         config = self.config
         dual = tokens.dual_chunk if self.kind is LayerKind.FULL_ATTENTION else None
         k = rotate(k, tokens.rotation)
         if dual is not None:
             k = k * dual.scale[:, None, None, None].astype(k.dtype)
-        if cache is not None:
-            cache = KeyValues(
-                keys=write_slots(cache.keys, tokens.slots, k),
-                values=write_slots(cache.values, tokens.slots, v),
-            )
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        if dual is not None:
             rotations = (tokens.rotation, dual.successive, dual.inter)
-            out = dual_chunk_attend(
-                tuple(rotate(q, rotation) for rotation in rotations),
-                k,
-                v,
-                tokens.slots,
-                tokens.key_valid,
-                dual.query_chunks,
-                dual.key_chunks,
-                dual.scale[:, None] * config.head_dim**-0.5,
-            )
-            return out, cache
-        q = rotate(q, tokens.rotation)
-        if tokens.query_scale is not None:
-            q = q * tokens.query_scale[..., None, None].astype(q.dtype)
+            queries = tuple(rotate(q, rotation) for rotation in rotations)
+            chunks = (dual.query_chunks, dual.key_chunks)
+            scale = jnp.broadcast_to(dual.scale[:, None] * config.head_dim**-0.5, q.shape[:2])
+        else:
+            q = rotate(q, tokens.rotation)
+            if tokens.query_scale is not None:
+                q = q * tokens.query_scale[..., None, None].astype(q.dtype)
+            queries, chunks, scale = (q,), None, None
         window = config.sliding_window if self.kind is LayerKind.SLIDING_ATTENTION else None
-        out, _ = attend(q, k, v, Mask(tokens.slots, tokens.key_valid, window=window))
-        return out, cache
+        layout = tokens.layout
+        heads, caches = (*TOKENS, "heads", None), ("batch", "slots", "heads", None)
+        keys = TOKENS if cache is None else ("batch", "slots")
+        # On one device key s of a call without a cache stands at slot s.
+        in_order = cache is not None or tokens.places is None
+        attention = functools.partial(
+            _enter_and_attend, window, in_order, is_cut(layout), is_cut(layout, "slots")
+        )
+        attend_on_shards = on_shards(
+            attention,
+            layout,
+            (heads, heads, heads, TOKENS, keys, TOKENS, chunks and (TOKENS, keys), TOKENS, caches),
+            (heads, caches),
+        )
+        segments = tokens.segments
+        return attend_on_shards(
+            queries, k, v, tokens.slots, tokens.key_valid, segments, chunks, scale, cache
+        )
+
+
+def _enter_and_attend(
+    window: int | None,
+    in_order: bool,
+    length_cut: bool,
+    slots_cut: bool,
+    queries: tuple[jax.Array, ...],
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    key_valid: jax.Array | None,
+    segments: jax.Array | None,
+    chunks: tuple[jax.Array, jax.Array] | None,
+    scale: jax.Array | None,
+    cache: KeyValues | None,
+) -> tuple[jax.Array, KeyValues | None]:
+    """Enters keys and values into the cache, if there is one, and attends over what is there.
+
+    Args:
+      window: of a sliding layer; None for no limit.
+      in_order: whether key s stands at slot s.
+      length_cut, slots_cut: whether these are a shard's part of the texts, and of the cache.
+      queries: rotated, [B, T, H, d]; three of them where there are chunks.
+      k, v: [B, T, K, d].
+      slots, key_valid, segments: as `Tokens` has them.
+      chunks: of the queries and of the keys.
+      scale: float32 [B, T]; None for the default one.
+      cache: [B, S, K, d].
+    """
+    key_slots = None if in_order else slots
+    if cache is not None:
+        write = write_slots
+        if slots_cut:
+            write = write_travelling_slots if length_cut else write_own_slots
+            write = functools.partial(write, axis_name=CONTEXT)
+        cache = KeyValues(write(cache.keys, slots, k), write(cache.values, slots, v))
+        k, v = (x.astype(queries[0].dtype) for x in (cache.keys, cache.values))
+        if length_cut:
+            own = first_slot(k, CONTEXT) + jnp.arange(k.shape[1], dtype=jnp.int32)
+            key_slots = jnp.broadcast_to(own, k.shape[:2])
+    mask = Mask(
+        slots,
+        key_valid,
+        *(chunks or (None, None)),
+        key_slots=key_slots,
+        query_segments=segments,
+        key_segments=segments,
+        window=window,
+    )
+    relations = (None,) if chunks is None else RELATIONS
+    if length_cut:
+        out = context_attend(
+            queries,
+            k,
+            v,
+            mask,
+            scale,
+            axis_name=CONTEXT,
+            relations=relations,
+            zigzag_keys=cache is None,
+        )
+    elif slots_cut and cache is not None:
+        out = cache_attend(queries, k, v, mask, scale, axis_name=CONTEXT, relations=relations)
+    elif chunks is not None:
+        out = dual_chunk_attend(
+            queries, k, v, slots, key_valid, *chunks, scale, key_slots, segments, segments
+        )
+    else:
+        out, _ = attend(*queries, k, v, mask, scale)
+    return out, cache

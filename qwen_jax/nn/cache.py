@@ -1,11 +1,15 @@
 """What a decoder remembers of the tokens so far: an explicit pytree, in and out of `apply`."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.delta_rule import DeltaState, init_delta_state
+from qwen_jax.sharding.axes import Layout, num_shards, repeats
 
 
 @flax.struct.dataclass
@@ -49,9 +53,28 @@ class Cache:
         return all(isinstance(layer, KeyValues) for layer in self.layers)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache of `batch` rows with `capacity` slots, keys and values of `dtype`."""
-    shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
+) -> Cache:
+    """An empty cache of `batch` rows with `capacity` slots, keys and values of `dtype`.
+
+    On a mesh there are as many rows and slots as divide, and each key head is there as often as
+    `sharding.axes.repeats` says, so that every device holds its own part.
+    """
+    if mesh is None:
+        return _zeros(config, batch, capacity, dtype, config.num_key_value_heads)
+    layout = Layout.of(config, mesh)
+    heads = config.num_key_value_heads * repeats(layout, config.num_key_value_heads, "kv_heads")
+    batch += -batch % num_shards(mesh, "batch")
+    capacity += -capacity % num_shards(mesh, "slots")
+    zeros = functools.partial(_zeros, config, batch, capacity, dtype, heads)
+    return jax.jit(zeros, out_shardings=cache_shardings(config, mesh))()
+
+
+def _zeros(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, num_heads: int
+) -> Cache:
+    shape = (batch, capacity, num_heads, config.head_dim)
 
     def layer(kind: LayerKind) -> KeyValues | DeltaState:
         if kind is LayerKind.LINEAR_ATTENTION:
@@ -68,12 +91,39 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
     )
 
 
-def grow_cache(cache: Cache, capacity: int) -> Cache:
+def cache_shardings(config: ModelConfig, mesh: Mesh) -> Cache:
+    """Where the arrays of a cache lie: `NamedSharding`s in place of them."""
+    place = Layout.of(config, mesh).sharding
+    keys = place("batch", "slots", "heads", None)
+    state = DeltaState(
+        state=place("batch", "value_heads", None, None),
+        conv_q=place("batch", None, "key_heads"),
+        conv_k=place("batch", None, "key_heads"),
+        conv_v=place("batch", None, "value_heads"),
+    )
+    row, slots = place("batch"), place("batch", "slots")
+    return Cache(
+        layers=tuple(
+            state if kind is LayerKind.LINEAR_ATTENTION else KeyValues(keys, keys)
+            for kind in config.layer_types
+        ),
+        lengths=row,
+        next_positions=row,
+        frequencies_for=row,
+        positions=slots,
+        ids=slots,
+    )
+
+
+def grow_cache(cache: Cache, capacity: int, mesh: Mesh | None = None) -> Cache:
     """The same cache with room for `capacity` slots a row (at least what it has)."""
+    if mesh is not None:
+        capacity += -capacity % num_shards(mesh, "slots")
     extra = max(capacity - cache.capacity, 0)
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+        padded = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+        return padded if mesh is None else jax.device_put(padded, x.sharding)
 
     layers = tuple(
         jax.tree.map(pad, layer) if isinstance(layer, KeyValues) else layer

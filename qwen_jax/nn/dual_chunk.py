@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from qwen_jax.config import DualChunkSpec
 from qwen_jax.nn.attend import Mask, Relation, attend, merge
 
+# Of a query's chunk to those of the keys that each of its rotations is for, in order.
+RELATIONS = (Relation.SAME, Relation.PREVIOUS, Relation.OLDER)
+
 
 def key_positions(spec: DualChunkSpec, positions: jax.Array) -> jax.Array:
     """Where keys at `positions` (int, any shape) are rotated to."""
@@ -68,6 +71,9 @@ def dual_chunk_attend(
     query_chunks: jax.Array,
     key_chunks: jax.Array,
     scale: jax.Array | float | None = None,
+    key_slots: jax.Array | None = None,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
 ) -> jax.Array:
     """One softmax over keys of all chunks, each scored by the query rotated for its distance.
 
@@ -77,8 +83,7 @@ def dual_chunk_attend(
       queries: each [B, T, H, d], rotated to the three arrays of `query_positions`.
       k, v: [B, S, K, d], keys rotated to `key_positions`; key head j serves query heads
         j * G to (j + 1) * G - 1.
-      query_slots: int32 [B, T]; key s stands at slot s and is seen from slot s on.
-      key_valid: bool [B, S], keys that are real; None for all.
+      query_slots, key_valid, key_slots, query_segments, key_segments: as `Mask` has them.
       query_chunks, key_chunks: int32 [B, T] and [B, S], from `chunks`. A key that stands in a
         later chunk than the query is not seen, whatever its slot.
       scale: as for `attend`.
@@ -87,19 +92,17 @@ def dual_chunk_attend(
       [B, T, H, d] in the queries' dtype.
     """
 
-    def branch(q: jax.Array, relation: Relation) -> tuple[jax.Array, jax.Array]:
-        mask = Mask(query_slots, key_valid, query_chunks, key_chunks, relation=relation)
-        return attend(q, k, v, mask, scale)
+    mask = Mask(
+        query_slots, key_valid, query_chunks, key_chunks, key_slots, query_segments, key_segments
+    )
 
-    intra, successive, inter = queries
-    own = branch(intra, Relation.SAME)
+    def branch(q: jax.Array, relation: Relation) -> tuple[jax.Array, jax.Array]:
+        return attend(q, k, v, mask.replace(relation=relation), scale)
+
+    own = branch(queries[0], RELATIONS[0])
 
     def with_earlier_chunks() -> jax.Array:
-        branches = (
-            own,
-            branch(successive, Relation.PREVIOUS),
-            branch(inter, Relation.OLDER),
-        )
+        branches = (own, *map(branch, queries[1:], RELATIONS[1:]))
         return merge(*zip(*branches, strict=True))[0]
 
     return jax.lax.cond(jnp.any(query_chunks > 0), with_earlier_chunks, lambda: own[0])

@@ -5,6 +5,7 @@ import jax
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.nn.linear import Linear
+from qwen_jax.sharding.axes import TOKENS, Layout, constrain
 
 
 class SwiGLU(nn.Module):
@@ -19,10 +20,11 @@ class SwiGLU(nn.Module):
     width: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: jax.Array, layout: Layout | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `layout` says where they lie on a mesh."""
         F, D = self.width or self.config.intermediate_size, self.config.hidden_size
         std = self.config.initializer_range
         gate = Linear(F, stddev=std, name="gate_proj")(x)
         up = Linear(F, stddev=std, name="up_proj")(x)
-        return Linear(D, stddev=std, name="down_proj")(nn.silu(gate) * up)
+        hidden = constrain(nn.silu(gate) * up, layout, *TOKENS, "width")
+        return Linear(D, stddev=std, name="down_proj")(hidden)

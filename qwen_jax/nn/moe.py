@@ -19,6 +19,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.nn.linear import Linear, as_dense, fetch_param, linear
 from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.quantized import QuantizedWeight
+from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
 
 # One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
 Leaf = Any
@@ -154,9 +155,13 @@ def mix_experts(
     """
     if (capacity is not None) != (method is Dispatch.CAPACITY):
         raise ValueError(f"capacity = {capacity} with dispatch {method.value!r}")
-    E = routing.logits.shape[-1]
+    return _mix(x, routing.experts, routing.weights, experts, method, capacity)
+
+
+def _mix(x, chosen, weights, experts, method: Dispatch, capacity: int | None) -> jax.Array:
+    E = jax.tree.leaves(experts["gate_proj"])[0].shape[0]
     tokens = jnp.asarray(x).reshape(-1, x.shape[-1])
-    chosen, weights = (a.reshape(len(tokens), -1) for a in (routing.experts, routing.weights))
+    chosen, weights = (a.reshape(len(tokens), -1) for a in (chosen, weights))
     match method:
         case Dispatch.SORTED | Dispatch.GATHER:
             size = 1 if method is Dispatch.GATHER else _block_size(chosen.size, E)
@@ -394,6 +399,58 @@ def _run_blocks_backward(size, saved, cotangent):
 _run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
 
 
+def _route_on_shards(
+    x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None, layout: Layout | None
+) -> Routing:
+    """`route` on each device for its own tokens, the counts summed over all."""
+    if layout is None:
+        return route(x, weight, spec, real)
+
+    def shard(x, weight, real):
+        routing = route(x, weight, spec, real)
+        return routing.replace(counts=jax.lax.psum(routing.counts, layout.axes_of(*TOKENS)))
+
+    out_axes = Routing(HIDDEN, HIDDEN, HIDDEN, counts=(None,), dropped=())
+    return on_shards(shard, layout, (HIDDEN, (None, None), TOKENS), out_axes)(x, weight, real)
+
+
+def _mix_on_shards(
+    x: jax.Array,
+    routing: Routing,
+    experts: Mapping[str, Leaf],
+    method: Dispatch,
+    capacity: int | None,
+    layout: Layout | None,
+) -> jax.Array:
+    """`mix_experts` where the experts are shared out.
+
+    Each device runs its experts on the tokens of all devices that it shares them with, and each
+    token's home sums what they made of it. Nothing is dropped, whatever the load.
+    """
+    if layout is None:
+        return mix_experts(x, routing, experts, method, capacity)
+    sharing, parts = layout.axes_of("experts"), layout.axes_of("width")
+
+    def shard(x, chosen, weights, experts):
+        if sharing:
+            x, chosen, weights = (
+                jax.lax.all_gather(a, sharing, axis=0, tiled=True) for a in (x, chosen, weights)
+            )
+            E = experts["gate_proj"].shape[0]
+            mine = chosen - jax.lax.axis_index(sharing) * E
+            chosen = jnp.where((mine >= 0) & (mine < E), mine, E)
+        y = _mix(x, chosen, weights, experts, method, capacity)
+        y = jax.lax.psum(y, parts)
+        if sharing:
+            y = jax.lax.psum_scatter(y, sharing, scatter_dimension=0, tiled=True)
+        return y
+
+    wide, narrow = ("experts", "width", None), ("experts", None, "width")
+    weights = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+    mix = on_shards(shard, layout, (HIDDEN, HIDDEN, HIDDEN, weights), HIDDEN)
+    return mix(x, routing.experts, routing.weights, dict(experts))
+
+
 def choose_dispatch(
     num_tokens: int, spec: MoeSpec, platform: str, packed: bool = False
 ) -> Dispatch:
@@ -428,17 +485,32 @@ class SparseMoe(nn.Module):
     capacity_factor: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """[B, T, D] -> [B, T, D], and where its tokens went; `real` bool [B, T], None for all."""
+    def __call__(
+        self, x: jax.Array, real: jax.Array | None = None, layout: Layout | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """Runs the tokens of one call.
+
+        Args:
+          x: [B, T, D].
+          real: bool [B, T], False at padding; None for all real.
+          layout: where the tokens lie on a mesh; None without one.
+
+        Returns:
+          [B, T, D], and where the tokens went.
+        """
         config, spec = self.config, self.config.moe
         E, F, D = spec.num_experts, spec.intermediate_size, config.hidden_size
         std = config.initializer_range
-        routing = route(x, _Weight((E, D), std, name="gate")(), spec, real)
+        routing = _route_on_shards(x, _Weight((E, D), std, name="gate")(), spec, real, layout)
         experts = _Experts(E, F, D, std, name="experts")()
         num_tokens = math.prod(x.shape[:-1])
+        at_once = num_tokens if layout is None else num_tokens // layout.num_expert_groups
         packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
-        default = choose_dispatch(num_tokens, spec, jax.default_backend(), packed)
-        method = Dispatch(self.dispatch or default)
+        method = self.dispatch
+        if method is None:
+            platform = jax.default_backend() if layout is None else layout.platform
+            method = choose_dispatch(at_once, spec, platform, packed)
+        method = Dispatch(method)
         capacity = None
         if (self.capacity_factor is not None) != (method is Dispatch.CAPACITY):
             raise UserError(
@@ -448,10 +520,11 @@ class SparseMoe(nn.Module):
         if self.capacity_factor is not None:
             capacity = capacity_of(num_tokens, spec, self.capacity_factor)
             routing = limit_capacity(routing, capacity, real)
-        y = mix_experts(x, routing, experts, method, capacity)
+        y = _mix_on_shards(x, routing, experts, method, capacity, layout)
         if spec.shared_intermediate_size is not None:
             gate = nn.sigmoid(Linear(1, stddev=std, name="shared_expert_gate")(x))
-            y = y + gate * SwiGLU(config, spec.shared_intermediate_size, name="shared_expert")(x)
+            shared = SwiGLU(config, spec.shared_intermediate_size, name="shared_expert")
+            y = y + gate * shared(x, layout)
         return y, routing
 
 

@@ -11,15 +11,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
 import transformers
+from flax.traverse_util import flatten_dict
 
 import qwen_jax
+from qwen_jax.checkpoint import reader
 from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.checkpoint.loading import open_model
 from qwen_jax.checkpoint.reader import StoredTensor
 from qwen_jax.checkpoint.writer import write_tensors
+from qwen_jax.hf_config import load_config
 from tests.reference import quiet, random_reference, save_reference
 
 POOLING = '{"pooling_mode_lasttoken": true}'
@@ -112,6 +117,26 @@ def test_hf_to_orbax_to_hf_keeps_every_bit_and_every_companion(mixed, companions
     convert(tmp_path / "again", tmp_path / "back", "hf")
     assert_same_bits(stored(tmp_path / "back"), stored(mixed))
     assert_companions(tmp_path / "back", companions, mixed)
+
+
+def test_orbax_restores_what_is_written_block_by_block(mixed, tmp_path, monkeypatch):
+    """By itself, blocks of zeros included."""
+    monkeypatch.setattr(reader, "BLOCK", 1000)
+    source = Path(shutil.copytree(mixed, tmp_path / "source"))
+    tensors = stored(source)
+    tensors[NORM][:] = 0
+    tensors[EMBEDDING][3:90] = 0
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "orbax", "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore((tmp_path / "orbax" / "params").absolute())
+    assert_same_bits(
+        {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(restored).items()},
+        {
+            "/".join(path): tensor.read()
+            for path, tensor in open_model(load_config(source), source).tensors.items()
+        },
+    )
 
 
 def test_float64_survives_orbax(mixed, tmp_path):

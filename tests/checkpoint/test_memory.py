@@ -1,8 +1,9 @@
-"""What a load takes beside the parameters: less than twice the largest tensor."""
+"""What a load takes beside the parameters, a shard of one too, and a conversion beside nothing."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -10,17 +11,27 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.names import leaf_at, regions
+from qwen_jax.checkpoint.reader import BLOCK
 from qwen_jax.checkpoint.regions import stored_shape
 from qwen_jax.hf_config import read_hf_config
 from qwen_jax.models.decoder import parameter_shapes
 
-# Anonymous memory is sampled from the moment at which JAX runs until the parameters are there.
+# Anonymous memory is sampled from the moment at which JAX runs until the work is done. Pages of a
+# mapped file do not count.
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import jax, jax.numpy as jnp, qwen_jax
+from qwen_jax.checkpoint.conversion import convert
 
+work, *arguments = sys.argv[1:]
+if work == "shards":
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    source, address, number = arguments
+    jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 jnp.zeros(4).block_until_ready()
 
 def anonymous():
@@ -37,12 +48,19 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model, params = qwen_jax.load_pretrained(sys.argv[1], dtype="float32")
+leaves = []
+if work == "load":
+    leaves = jax.tree.leaves(qwen_jax.load_pretrained(*arguments, dtype="float32")[1])
+elif work == "shards":
+    params = qwen_jax.load_pretrained(source, "bfloat16", "fsdp:4,tensor:2")[1]
+    leaves = [s.data for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards]
+else:
+    convert(*(argument or None for argument in arguments))
 samples.append(anonymous())
 done.set()
 thread.join()
-sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-print(json.dumps([max(samples) - samples[0], sum(sizes), max(sizes), len(samples)]))
+sizes = [leaf.nbytes for leaf in leaves]
+print(json.dumps([max(samples) - samples[0], sum(sizes), max(sizes, default=0), len(samples)]))
 """
 
 FIELDS = {
@@ -67,7 +85,47 @@ EXPERTS = {
 }
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+
+
+def write_checkpoint(directory, fields, fused=False):
+    """Random numbers; returns the sizes of the file and of the largest tensor."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    config, dtype = read_hf_config(fields), fields["torch_dtype"]
+    found = regions(config)
+    if fused:
+        found = regions(config, {f"model.layers.{i}." for i in range(config.num_hidden_layers)})
+    shapes = parameter_shapes(config)
+    some = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(dtype)
+    tensors = {
+        region.name: np.resize(some, stored_shape(region, leaf_at(shapes, region.path).shape))
+        for region in found
+    }
+    path = directory / "model.safetensors"
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    return path.stat().st_size, max(tensor.nbytes for tensor in tensors.values())
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child):
+    """Peak above the start, bytes of all arrays and of the largest, and the number of samples."""
+    out, errors = child.communicate()
+    assert child.returncode == 0, errors
+    # Gloo greets on stdout.
+    return json.loads(out.splitlines()[-1])
+
+
+@linux
 @pytest.mark.parametrize(
     ("stored", "more"),
     [
@@ -80,30 +138,62 @@ EXPERTS = {
 def test_a_load_takes_less_than_twice_the_largest_tensor_beside_the_parameters(
     tmp_path, stored, more
 ):
-    fields = {**FIELDS, **more, "torch_dtype": stored}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    config = read_hf_config(fields)
-    shapes = parameter_shapes(config)
-    some = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(stored)
-    path = tmp_path / "model.safetensors"
-    safetensors.numpy.save_file(
-        {
-            region.name: np.resize(some, stored_shape(region, leaf_at(shapes, region.path).shape))
-            for region in regions(config)
-        },
-        path,
-        metadata={"format": "pt"},
-    )
-    assert path.stat().st_size > 10**9
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    size, _ = write_checkpoint(tmp_path, {**FIELDS, **more, "torch_dtype": stored})
+    assert size > 10**9
+    peak, parameters, largest, num_samples = finish(start("load", tmp_path))
     shutil.rmtree(tmp_path)
-    peak, parameters, largest, num_samples = json.loads(done.stdout)
     assert num_samples > 20
     # The sampling sees the parameters themselves, so it would see more.
     assert parameters < peak < parameters + 2 * largest
+
+
+@linux
+def test_each_of_two_processes_holds_half_of_a_checkpoint(tmp_path):
+    # Each stack of experts is a tenth of all, so that one held whole is out of bounds.
+    more = {**EXPERTS, "num_hidden_layers": 3, "num_experts": 224}
+    size, _ = write_checkpoint(tmp_path, {**FIELDS, **more, "torch_dtype": "bfloat16"}, fused=True)
+    assert size > 2 * 10**9
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = [start("shards", tmp_path, address, number) for number in range(2)]
+    for peak, shards, _, num_samples in map(finish, children):
+        assert num_samples > 20
+        assert 0.49 * size < shards < peak < 0.55 * size
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def to_convert(tmp_path_factory):
+    """A checkpoint in bfloat16 with its experts fused and the same in Orbax format."""
+    root = tmp_path_factory.mktemp("convert")
+    more = {**EXPERTS, "num_experts": 32, "moe_intermediate_size": 256, "torch_dtype": "bfloat16"}
+    size, largest = write_checkpoint(root / "hf", {**FIELDS, **more}, fused=True)
+    assert size > 4 * 10**8
+    convert(root / "hf", root / "orbax", "orbax")
+    yield root, largest
+    shutil.rmtree(root)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("source", "target", "dtype"),
+    [
+        ("hf", "hf", ""),
+        ("hf", "hf", "float32"),
+        ("hf", "orbax", ""),
+        ("orbax", "hf", ""),
+        ("orbax", "hf", "float32"),
+    ],
+)
+def test_a_conversion_takes_the_largest_tensor_and_not_the_model(
+    to_convert, tmp_path, source, target, dtype
+):
+    root, largest = to_convert
+    peak, *_, num_samples = finish(
+        start("convert", root / source, tmp_path / "target", target, dtype)
+    )
+    shutil.rmtree(tmp_path)
+    assert num_samples > 20
+    # And some blocks: read, unpacked, cast or packed, and what the allocator keeps of them.
+    assert peak < largest * (2 if dtype else 1) + 12 * BLOCK

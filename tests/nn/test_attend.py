@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.nn import attend as attend_file
-from qwen_jax.nn.attend import Mask, Relation, attend, merge
+from qwen_jax.nn.attend import Mask, Relation, attend, gradients_of_part, merge
 
 LOWEST = np.finfo(np.float32).min
 METHODS = ("plain", "blockwise")
@@ -25,6 +25,10 @@ MASKS = {
     "same group": ("offset", Relation.SAME),
     "group before": ("offset", "holes", Relation.PREVIOUS),
     "older groups": ("offset", Relation.OLDER),
+    "segments": ("offset", "holes", "segments"),
+    "slots": ("slots", "holes"),
+    "slots and window": ("slots", 5),
+    "slots, segments and groups": ("slots", "segments", Relation.PREVIOUS),
 }
 
 
@@ -49,16 +53,27 @@ def random_mask(parts, T, S, rng):
         valid = np.arange(S) >= np.array([[0], [6]])
     if "right" in parts:
         valid = np.arange(S) < np.array([[S], [S - 9]])
+    key_slots = query_segments = key_segments = None
+    if "slots" in parts:
+        # Two runs that are not neighbours, and in the other row no order at all.
+        key_slots = np.stack([np.r_[: S // 2, S : 2 * S - S // 2], rng.permutation(S)])
+        slots = np.stack([key_slots[0, -T:], rng.integers(0, S, T)])
+    if "segments" in parts:
+        key_segments = np.sort(rng.integers(0, 4, (2, S)), axis=1)
+        query_segments = np.take_along_axis(key_segments, np.minimum(slots, S - 1), axis=1)
     relation = next((part for part in parts if isinstance(part, Relation)), None)
     query_groups = key_groups = None
     if relation is not None:
         key_groups = np.stack([np.arange(S) // 7, np.sort(rng.integers(0, 5, S))])
-        query_groups = np.take_along_axis(key_groups, slots, axis=1)
+        query_groups = np.take_along_axis(key_groups, np.minimum(slots, S - 1), axis=1)
     return Mask(
         query_slots=slots,
         key_valid=valid,
         query_groups=query_groups,
         key_groups=key_groups,
+        key_slots=key_slots,
+        query_segments=query_segments,
+        key_segments=key_segments,
         window=next((part for part in parts if isinstance(part, int)), None),
         relation=relation,
     )
@@ -66,7 +81,10 @@ def random_mask(parts, T, S, rng):
 
 def sees(mask, b, t, s):
     slot = mask.query_slots[b, t]
-    if s > slot or (mask.window is not None and slot - s >= mask.window):
+    key_slot = s if mask.key_slots is None else mask.key_slots[b, s]
+    if key_slot > slot or (mask.window is not None and slot - key_slot >= mask.window):
+        return False
+    if mask.key_segments is not None and mask.key_segments[b, s] != mask.query_segments[b, t]:
         return False
     if mask.key_valid is not None and not mask.key_valid[b, s]:
         return False
@@ -319,6 +337,51 @@ def test_keys_that_no_query_sees_are_not_read():
     for x in (k, v):
         x[:, :16], x[:, 32:] = np.nan, np.nan
     check(run(q, k, v, mask, method="blockwise"), expected)
+    # The keys of slots 32 to 47 stand last, and those of other slots and segments are not read.
+    key_slots = np.tile(np.r_[48:64, :48], (2, 1))
+    for more in ({"window": 8}, {"query_segments": slots // 16, "key_segments": key_slots // 16}):
+        mask = Mask(slots, key_slots=key_slots, **more)
+        q, k, v = random_qkv(rng, 13, 64)
+        expected = brute_force(q, k, v, mask)
+        for x in (k, v):
+            x[:, :40] = np.nan
+        check(run(q, k, v, mask, method="blockwise"), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_parts_add_up_to_those_of_the_whole(method):
+    rng = np.random.default_rng(14)
+    q, k, v = random_qkv(rng)
+    mask = random_mask(("slots", "holes", "segments"), 19, 27, rng)
+    scale = rng.uniform(0.2, 0.5, (2, 19)).astype(np.float32)
+    cotangents = tuple(
+        rng.standard_normal(n).astype(np.float32) for n in [(2, 19, 4, 6), (2, 19, 4)]
+    )
+    results, pull = jax.vjp(lambda *x: attend(*x[:3], mask, x[3], method), q, k, v, scale)
+    cotangents = cotangents[0], jnp.where(results[1] > LOWEST, cotangents[1], 0)
+    parts = []
+    for keys in (slice(0, 11), slice(11, 27)):
+        fields = ("key_valid", "key_slots", "key_segments")
+        part = mask.replace(**{name: getattr(mask, name)[:, keys] for name in fields})
+        arguments = (q, k[:, keys], v[:, keys], part, scale, results, cotangents)
+        parts.append(gradients_of_part(*arguments))
+    (d_q, d_scale, *first), (d_q_too, d_scale_too, *second) = parts
+    d_keys = (np.concatenate(pair, axis=1) for pair in zip(first, second, strict=True))
+    whole = pull(cotangents)
+    for got, want in zip((d_q + d_q_too, *d_keys, d_scale + d_scale_too), whole, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_can_be_float32_where_the_inputs_are_not(method):
+    rng = np.random.default_rng(15)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(rng))
+    mask = random_mask(("offset",), 19, 27, rng)
+    out, _ = attend(q, k, v, mask, method=method, dtype=jnp.float32)
+    assert out.dtype == jnp.float32
+    rounded, _ = attend(q, k, v, mask, method=method)
+    np.testing.assert_array_equal(out.astype(jnp.bfloat16), rounded)
+    assert np.abs(out - rounded).max() > 1e-4
 
 
 def temporary_bytes(function, n):
@@ -373,5 +436,7 @@ def test_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="give 'auto', 'plain' or 'blockwise'"):
         attend(q, k, v, Mask(slots), method="flash")
     for mask in (Mask(slots, relation=Relation.SAME), Mask(slots, query_groups=slots)):
-        with pytest.raises(ValueError, match="together or not at all"):
+        with pytest.raises(ValueError, match="key_groups together or not at all"):
             attend(q, k, v, mask)
+    with pytest.raises(ValueError, match="segments together or not at all"):
+        attend(q, k, v, Mask(slots, key_segments=slots))

@@ -1,5 +1,7 @@
 """The gated delta rule against float64 loops, and the layer against transformers, live."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,16 @@ from qwen_jax.config import DeltaSpec, LayerKind, ModelConfig
 from qwen_jax.nn import delta_rule
 from qwen_jax.nn.delta_rule import (
     DeltaState,
-    GatedDeltaNet,
     causal_conv,
     chunked_delta_rule,
     gated_delta_rule,
     gated_rms_norm,
     init_delta_state,
     recurrent_delta_rule,
+    segment_starts,
     unit_lower_inverse,
 )
+from qwen_jax.nn.gated_delta_net import GatedDeltaNet
 
 LENGTHS = [1, 2, 63, 64, 65, 130, 200]
 KINDS = ["plain", "alike", "weak", "strong", "uneven"]
@@ -130,7 +133,7 @@ def test_inverse_by_halves_is_right_where_the_product_of_powers_is_not():
         power = power @ power
         product = product @ (np.eye(64, dtype=np.float32) + power)
     assert np.abs(product - exact).max() > 1
-    assert np.abs(unit_lower_inverse(jnp.asarray(strict)) - exact).max() < 1e-6
+    assert np.abs(unit_lower_inverse(jnp.asarray(strict[None]))[0] - exact).max() < 1e-6
 
 
 def primitives(jaxpr):
@@ -183,6 +186,77 @@ def test_tokens_without_decay_and_beta_leave_the_state():
     nothing = np.zeros_like(beta)
     for rule in (recurrent, chunked):
         np.testing.assert_array_equal(rule(q, k, v, nothing, nothing, state)[1], state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_in_a_row_are_as_if_alone(kind):
+    """Texts that begin in the middle of a chunk, at its edge, and one of a single token."""
+    *tokens, state = draw(150, kind)
+    edges = (0, 5, 6, 64, 150)
+    segments = np.repeat([[3, 1, 2, 1]] * 2, np.diff(edges), axis=1)
+    outs, after = [], state
+    for i, j in itertools.pairwise(edges):
+        out, after = brute_force(*(x[:, i:j] for x in tokens), after if i == 0 else 0 * state)
+        outs.append(out)
+    packed = jax.jit(lambda *x: gated_delta_rule(*x, segment_starts(segments)))(*tokens, state)
+    rounding = max(largest_error(recurrent(*tokens, state), brute_force(*tokens, state)), 3e-7)
+    assert largest_error(packed, (np.concatenate(outs, axis=1), after)) < 5 * rounding
+
+
+def test_gradients_of_texts_in_a_row_are_those_of_each():
+    *tokens, state = draw(100, "uneven", B=1)
+    edges = (0, 30, 31, 100)
+    segments = np.repeat([[0, 1, 2]], np.diff(edges), axis=1)
+    weights = np.random.default_rng(2).standard_normal(tokens[2].shape).astype(np.float32)
+
+    def gradients(function):
+        def loss(*arguments):
+            return (function(*arguments) * weights).sum()
+
+        return jax.jit(jax.grad(loss, tuple(range(6))))(*tokens, state)
+
+    def alone(*arguments):
+        *tokens, state = arguments
+        pieces = [
+            gated_delta_rule(*(x[:, i:j] for x in tokens), state if i == 0 else 0 * state)[0]
+            for i, j in itertools.pairwise(edges)
+        ]
+        return jnp.concatenate(pieces, axis=1)
+
+    packed = gradients(lambda *x: gated_delta_rule(*x, segment_starts(segments))[0])
+    for i, (got, want) in enumerate(zip(packed, gradients(alone), strict=True)):
+        want = np.array(want)
+        if i == 3:
+            # A token that forgets everything does so however fast it would let it fade.
+            np.testing.assert_array_equal(got[:, [30, 31]], 0)
+            want[:, [30, 31]] = 0
+        assert np.isfinite(got).all() and np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_convolution_does_not_look_across_texts(taps):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 12, 5)).astype(np.float32)
+    weight = rng.standard_normal((5, taps)).astype(np.float32)
+    before = rng.standard_normal((2, taps - 1, 5)).astype(np.float32)
+    edges = (0, 2, 3, 12)
+    segments = np.repeat([[7, 2, 5]] * 2, np.diff(edges), axis=1)
+    expected = np.concatenate(
+        [
+            causal_conv(x[:, i:j], weight, before if i == 0 else 0 * before)[0]
+            for i, j in itertools.pairwise(edges)
+        ],
+        axis=1,
+    )
+    y, state = causal_conv(x, weight, before, segments=segments)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_array_equal(state, causal_conv(x, weight, before)[1])
+    # Inputs before the row may be another text's.
+    others = np.zeros((2, taps - 1), np.int32)
+    y, _ = causal_conv(x, weight, before, segments=segments, segments_before=others)
+    expected[:, :2] = causal_conv(x[:, :2], weight, 0 * before)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """Dual Chunk Attention against the position rules, evaluated pair by pair in float64."""
 
+import itertools
 import math
 
 import jax
@@ -250,3 +251,36 @@ def test_gradients_equal_those_of_plain_branches(monkeypatch):
     for got, want in zip(blockwise, gradients(), strict=True):
         assert np.isfinite(got).all() and np.abs(want).max() > 0.1
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_texts_in_a_row_and_keys_in_another_order():
+    """Two texts in each row, keys of all of it shuffled, against each text by itself."""
+    lengths, T = (25, 20), 45
+    q, k, v = random_qkv(np.random.default_rng(7), T)
+    positions = np.tile(np.concatenate([np.arange(n) for n in lengths]), (2, 1))
+    segments = np.tile(np.repeat(np.arange(2), lengths), (2, 1))
+    order = np.stack([np.random.default_rng(i).permutation(T) for i in (8, 9)])
+
+    def shuffled(x):
+        return np.take_along_axis(x, order.reshape(2, T, *[1] * (x.ndim - 2)), axis=1)
+
+    out = jax.jit(dual_chunk_attend)(
+        rotated_queries(SPEC, q, positions),
+        shuffled(np.asarray(rotated_keys(SPEC, k, positions))),
+        shuffled(v),
+        in_order(T),
+        None,
+        chunks(SPEC, positions),
+        shuffled(chunks(SPEC, positions)),
+        key_slots=order,
+        query_segments=segments,
+        key_segments=shuffled(segments),
+    )
+    ends = np.cumsum((0, *lengths))
+    expected = [
+        brute_force(
+            SPEC, q[:, i:j], k[:, i:j], v[:, i:j], in_order(j - i), np.ones((2, j - i), bool)
+        )
+        for i, j in itertools.pairwise(ends)
+    ]
+    np.testing.assert_allclose(out, np.concatenate(expected, axis=1), atol=3e-6)

@@ -1,0 +1,1 @@
+"""Attention by the kernels of accelerators: the same as `attend`, where their conditions hold."""

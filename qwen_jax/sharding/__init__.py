@@ -1,0 +1,1 @@
+"""The mesh, the rules from logical axes to mesh axes, and planning."""

@@ -1,0 +1,536 @@
+"""What a model needs on TPUs that are not there: memory, operations, traffic, time.
+
+The program that would run is compiled for the topology through libtpu, and its own figures are
+read. Without libtpu there are those that follow from the shapes.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.inference.checks import check_writes_text
+from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
+from qwen_jax.inference.sampling import SamplingOptions
+from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.nn.cache import cache_shardings, init_cache
+from qwen_jax.nn.moe import choose_dispatch
+from qwen_jax.sharding import aot, hlo
+from qwen_jax.sharding.axes import (
+    MESH_AXES,
+    TOKENS,
+    Layout,
+    check_mesh,
+    num_shards,
+    parameter_shardings,
+)
+from qwen_jax.sharding.chips import Topology
+from qwen_jax.sharding.flops import Mode, analytic_flops, count_flops, extrapolate
+from qwen_jax.training.layers import segments
+from qwen_jax.training.train_step import Batch, TrainOptions, abstract_train_state, make_train_step
+
+# Queries and keys of a block of attention, as `nn.attend` cuts long texts.
+_ATTENTION_BLOCK = 512
+# What activations and the parameters of inference are in.
+_DTYPE = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to run, and where.
+
+    Attributes:
+      config: of the model.
+      topology: of the chips.
+      mesh: size of each of `MESH_AXES`.
+      mode: a train step, a prompt's pass, or a decode step.
+      batch: rows, of all chips together.
+      length: tokens of a row; in decode the slots of its cache.
+      options: of a train step.
+    """
+
+    config: ModelConfig
+    topology: Topology
+    mesh: tuple[tuple[str, int], ...]
+    mode: Mode
+    batch: int
+    length: int
+    options: TrainOptions = TrainOptions()  # noqa: RUF009, it is frozen
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh as `sharding.axes.read_mesh` gives it."""
+        return dict(self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind from one place of the model, per device and step.
+
+    Attributes:
+      kind: such as "all-gather".
+      place: such as "layers/mlp/down_proj", behind "backward" for gradients.
+      times: how often one runs.
+      bytes: of the arrays, whole.
+      sent: bytes that a device sends.
+    """
+
+    kind: str
+    place: str
+    times: int
+    bytes: int
+    sent: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Figures of a job; those of a program that was not compiled are None.
+
+    Attributes:
+      topology, mesh: as the user writes them.
+      mode, batch, length: of the job.
+      fits: whether a chip has the memory; without a program, for what is there before it starts.
+      available: bytes of a chip.
+      needed: bytes that it has to have.
+      memory: bytes of a chip by part. "other" is what a program is given beside the named parts,
+        "temporaries" what it needs while it runs, "outputs" what it returns in memory of its own.
+      flops_by_part: operations of all chips by part of the model, by formula.
+      traced_flops: operations of all chips, counted over the traced program.
+      xla_flops: the same as XLA counts them, of a loop inside a layer one turn and of a kernel what
+        it declares; extrapolated over layers.
+      traffic: what goes between chips, the most first.
+      counts_all: whether the number of turns of every loop with a collective in it is known.
+      weight_reads: how often a step reads the weights from memory; of a decode step.
+      weight_copies: bytes of copies of weights that it makes in memory.
+      seconds: the least that a step takes for "compute" and "memory", and of a compiled program for
+        "interconnect".
+      advice: what to change where it does not fit; else empty.
+    """
+
+    topology: str
+    mesh: str
+    mode: Mode
+    batch: int
+    length: int
+    fits: bool
+    available: int
+    needed: int
+    memory: dict[str, int]
+    flops_by_part: dict[str, float]
+    traced_flops: float
+    xla_flops: float | None
+    traffic: tuple[Traffic, ...]
+    counts_all: bool
+    weight_reads: float | None
+    weight_copies: int | None
+    seconds: dict[str, float]
+    advice: str
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def step_seconds(self) -> float:
+        """The least that a step takes: all of them run beside each other."""
+        return max(self.seconds.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A function under `jit`, what it is called with, and the named parts of that."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]
+
+
+def _program(job: Job, mesh: Mesh | AbstractMesh) -> _Program:
+    """The program that would run, with abstract arguments laid out on `mesh`."""
+    config = job.config
+    model = Decoder(config, dispatch=_dispatch(job, mesh), mesh=mesh)
+    if job.mode == "train":
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1))
+        state = abstract_train_state(model, optimiser)
+        ids = _abstract((job.batch, job.length), jnp.int32, mesh, *_fitting(job, mesh))
+        step = make_train_step(model, optimiser, job.options)
+        parts = {"parameters": state.params, "optimiser": state.opt_state}
+        return _Program(step, (state, Batch(ids)), parts)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, _DTYPE, sharding=sharding),
+        parameter_shapes(config),
+        parameter_shardings(config, mesh, parameter_shapes(config)),
+    )
+    cache = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        jax.eval_shape(lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh)),
+        cache_shardings(config, mesh),
+    )
+    parts = {"parameters": params, "cache": cache}
+    row = functools.partial(_abstract, (job.batch,), mesh=mesh)
+    rule = jax.tree.map(lambda x: _abstract((), x.dtype, mesh), SamplingOptions().rule())
+    if job.mode == "decode":
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.batch)).dtype
+        state = DecodeState(
+            cache, row(dtype=jnp.int32), row(dtype=key), _abstract((), jnp.int32, mesh), None
+        )
+        return _Program(decode_step, (model, params, state, row(dtype=jnp.int32), rule), parts)
+    text = functools.partial(_abstract, (job.batch, job.length), mesh=mesh)
+    ids, mask, positions = text(dtype=jnp.int32), text(dtype=bool), text(dtype=jnp.int32)
+    seed, rows = _abstract((), jnp.uint32, mesh), row(dtype=jnp.int32)
+    forced = row(dtype=jnp.int32)
+    arguments = (model, params, cache, ids, mask, positions, seed, rows, forced, rule)
+    return _Program(prefill, arguments, parts)
+
+
+def _abstract(
+    shape: tuple[int, ...], dtype: Any, mesh: Mesh | AbstractMesh, *logical: str | None
+) -> jax.ShapeDtypeStruct:
+    """An array on all devices, or laid out by its logical axes."""
+    sharding = Layout(mesh).sharding(*logical)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _fitting(job: Job, mesh: Mesh | AbstractMesh) -> tuple[str | None, ...]:
+    """Axes of a batch that divide; the others are padded by the program."""
+    shape = (job.batch, job.length)
+    return tuple(
+        name if size % num_shards(mesh, name) == 0 else None
+        for name, size in zip(TOKENS, shape, strict=True)
+    )
+
+
+def _dispatch(job: Job, mesh: Mesh | AbstractMesh) -> Any:
+    if job.config.moe is None:
+        return None
+    return choose_dispatch(_tokens_of_a_group(job, mesh), job.config.moe, "tpu")
+
+
+def _tokens_of_a_group(job: Job, mesh: Mesh | AbstractMesh) -> int:
+    """Tokens that meet each other at one set of experts."""
+    tokens = job.batch * (1 if job.mode == "decode" else job.length)
+    return -(-tokens // Layout.of(job.config, mesh).num_expert_groups)
+
+
+def _turns(job: Job, mesh: Mesh | AbstractMesh) -> float:
+    """Mean turns of the loops that depend on data: a decode step's experts, blocks of keys."""
+    if job.mode == "decode":
+        if job.config.moe is None:
+            return 1
+        chosen = _tokens_of_a_group(job, mesh) * job.config.moe.num_experts_per_tok
+        return chosen / num_shards(mesh, "experts")
+    # In a ring, a loop over each shard's keys.
+    return (-(-job.length // _ATTENTION_BLOCK) + 1) / 2 / num_shards(mesh, "length")
+
+
+def _bytes_of_a_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def estimate(job: Job) -> Plan:
+    """The figures that need no compiler.
+
+    Raises:
+      UserError: the mesh does not fit the model or the topology, or the job is none.
+    """
+    check(job)
+    mesh = _mesh_of_no_devices(job)
+    program = _program(job, mesh)
+    parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
+    traced = count_flops(program.function.trace(*program.arguments).jaxpr, _turns(job, mesh))
+    return _plan(job, parts, traced)
+
+
+def check(job: Job) -> None:
+    """Checks what can be checked before anything runs.
+
+    Raises:
+      UserError: as `estimate`.
+    """
+    for name in ("batch", "length"):
+        if getattr(job, name) < 1:
+            raise UserError(f"{name} = {getattr(job, name)} must be at least 1")
+    aot.check_devices(job.topology, job.sizes)
+    check_writes_text(job.config)
+    check_mesh(job.config, _mesh_of_no_devices(job), parameter_shapes(job.config))
+
+
+def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
+    """All figures, the program compiled.
+
+    Args:
+      job: what is to run.
+      with_xla_flops: whether to have XLA's own count, for which a train step that scans over its
+        layers is compiled twice more, short.
+
+    Raises:
+      UserError: as `estimate`, and without libtpu.
+    """
+    check(job)
+    mesh = aot.make_mesh(job.topology, job.sizes)
+    program = _program(job, mesh)
+    parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
+    traced = program.function.trace(*program.arguments)
+    flops = count_flops(traced.jaxpr, _turns(job, mesh))
+    try:
+        compiled = aot.compile_program(traced.lower())
+    except aot.DoesNotFitError as error:
+        return _plan(job, parts, flops, error=error)
+    xla_flops = None
+    if with_xla_flops and job.mode == "train" and job.options.scan:
+        xla_flops = _xla_flops(job, mesh)
+    elif with_xla_flops:
+        xla_flops = compiled.flops * job.topology.num_chips
+    return _plan(job, parts, flops, compiled=compiled, xla_flops=xla_flops)
+
+
+def _xla_flops(job: Job, mesh: Mesh) -> float | None:
+    """XLA's count of a train step on all chips; None where even short models do not fit."""
+
+    def measure(config: ModelConfig) -> float:
+        # Without a loop over layers, of which XLA would count one turn.
+        options = dataclasses.replace(job.options, scan=False)
+        program = _program(dataclasses.replace(job, config=config, options=options), mesh)
+        lowered = program.function.lower(*program.arguments)
+        return aot.compile_program(lowered).flops * job.topology.num_chips
+
+    try:
+        return extrapolate(job.config, segments(job.config), measure)
+    except aot.DoesNotFitError:
+        return None
+
+
+def _plan(
+    job: Job,
+    parts: dict[str, int],
+    traced_flops: float,
+    *,
+    compiled: aot.Compiled | None = None,
+    error: aot.DoesNotFitError | None = None,
+    xla_flops: float | None = None,
+) -> Plan:
+    memory, chip = dict(parts), job.topology.chip
+    traffic, counts_all, reads, copies = (), True, None, None
+    available, needed = chip.hbm_bytes, sum(memory.values())
+    moved = needed
+    if error is not None:
+        available, needed = error.available, error.needed
+        memory["temporaries"] = max(needed - sum(memory.values()), 0)
+        moved = needed
+    elif compiled is not None:
+        module = hlo.read_module(compiled.hlo)
+        found = hlo.collectives(module)
+        traffic, counts_all = _traffic(found), all(each.is_counted for each in found)
+        memory["other"] = max(compiled.arguments - sum(memory.values()), 0)
+        memory["outputs"] = compiled.outputs - compiled.aliased
+        memory["temporaries"] = compiled.temporaries
+        memory["program"] = compiled.code
+        needed = compiled.peak
+        moved = _bytes_moved(job, compiled)
+        if job.mode == "decode":
+            reads, copies = _weight_reads(module)
+    seconds = {
+        "compute": traced_flops / job.topology.num_chips / chip.flops,
+        "memory": moved / chip.hbm_bandwidth,
+    }
+    if compiled is not None:
+        # Around a ring of chips, in both directions.
+        sent = sum(each.sent for each in traffic)
+        seconds["interconnect"] = sent / (2 * chip.link_bandwidth)
+    fits = error is None and needed <= available
+    return Plan(
+        topology=job.topology.name,
+        mesh=mesh_name(job.sizes),
+        mode=job.mode,
+        batch=job.batch,
+        length=job.length,
+        fits=fits,
+        available=available,
+        needed=needed,
+        memory=memory,
+        flops_by_part=_analytic(job),
+        traced_flops=traced_flops,
+        xla_flops=xla_flops,
+        traffic=traffic,
+        counts_all=counts_all,
+        weight_reads=reads,
+        weight_copies=copies,
+        seconds=seconds,
+        advice="" if fits else _advice(job, memory),
+    )
+
+
+def _bytes_moved(job: Job, compiled: aot.Compiled) -> int:
+    """The least that passes between memory and core.
+
+    What a program is given is read and what it makes is written, temporaries both. A decode step
+    writes one slot of a cache, and nothing else over what it was given.
+    """
+    written = compiled.outputs - (compiled.aliased if job.mode == "decode" else 0)
+    return compiled.arguments + written + 2 * compiled.temporaries
+
+
+def _weight_reads(module: hlo.Module) -> tuple[float, int]:
+    """How often matrices are read, the one that is read most, and the bytes of their copies."""
+    weights = [
+        reads
+        for name, reads in hlo.argument_reads(module).items()
+        if name.startswith("params") and name.endswith("['weight']")
+    ]
+    largest = max(reads.bytes for reads in weights)
+    matrices = [reads for reads in weights if reads.bytes * 1000 > largest]
+    return max(reads.times for reads in matrices), sum(reads.copied for reads in weights)
+
+
+def _traffic(found: Iterable[hlo.Collective]) -> tuple[Traffic, ...]:
+    sums: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for each in found:
+        total = sums[each.kind, place_of(each.op_name)]
+        for i, value in enumerate((1, each.bytes, each.sent)):
+            total[i] += each.times * value
+    rows = (Traffic(kind, place, *total) for (kind, place), total in sums.items())
+    return tuple(sorted(rows, key=lambda row: -row.sent))
+
+
+def place_of(op_name: str) -> str:
+    """Where in the model an operation is, from the name that JAX gave it, without numbers."""
+    backward = "transpose(" in op_name
+    names = [name for name in op_name.split("/")[:-1] if re.fullmatch(r"[A-Za-z]\w*", name)]
+    noise = ("while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map")
+    names = [re.sub(r"_?\d+$", "", name) for name in names if name not in noise]
+    layers = [i for i, name in enumerate(names) if name == "layers"]
+    place = "/".join(dict.fromkeys(names[layers[-1] :] if layers else names)) or "elsewhere"
+    return f"backward {place}" if backward else place
+
+
+def _advice(job: Job, memory: dict[str, int]) -> str:
+    """What makes the largest part smaller."""
+    part = max(memory, key=memory.get)
+    sharded = "a larger fsdp axis" if job.mode == "train" else "a larger tensor axis"
+    if job.config.moe is not None and job.mode != "train":
+        sharded = "a larger expert or tensor axis"
+    changes = {
+        "parameters": f"{sharded} or more chips",
+        "optimiser": f"{sharded} or more chips",
+        "cache": "fewer rows, a shorter length, or more chips along data or tensor",
+    }
+    if job.mode == "train":
+        activations = "fewer rows, more chips along fsdp or context, or remat of whole layers"
+    else:
+        activations = "fewer rows, a shorter length, or more chips along context or tensor"
+    return f"most of it is {part}: {changes.get(part, activations)}"
+
+
+def mesh_name(sizes: dict[str, int]) -> str:
+    """A mesh as users write it; those axes that cut nothing are left out."""
+    return ",".join(f"{axis}:{size}" for axis, size in sizes.items() if size > 1) or "data:1"
+
+
+def sweep(job: Job, progress: Callable[[list[Job]], Iterable[Job]] = iter) -> list[Plan]:
+    """Plans of the meshes that the chips can form, the fastest that fits first.
+
+    Each is of models with one and with two repeats of the layers' pattern, extrapolated; compile
+    the best one for exact figures.
+
+    Args:
+      job: whose mesh does not matter.
+      progress: wraps the jobs, to show how many are done.
+
+    Raises:
+      UserError: no mesh fits the model, or as `compile_plan`.
+    """
+    jobs = list(_candidates(job))
+    if not jobs:
+        raise UserError(
+            f"no mesh of {job.topology.num_chips} chips divides the model; give another topology"
+        )
+    plans = [_extrapolated(each) for each in progress(jobs)]
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds, plan.needed))
+
+
+def _candidates(job: Job) -> Iterator[Job]:
+    """Jobs on meshes that divide the model, and whose shards of the batch are not empty."""
+    chips = job.topology.num_chips
+    divisors = [n for n in range(1, chips + 1) if chips % n == 0]
+    axes = {
+        "fsdp": divisors if job.mode == "train" else [1],
+        "expert": divisors if job.config.moe is not None else [1],
+        "context": divisors if job.mode != "decode" and job.length >= 16384 else [1],
+        # Around a host's chips and their neighbours: further away every layer waits.
+        "tensor": [n for n in divisors if n <= 16],
+    }
+    for sizes in itertools.product(*axes.values()):
+        named = dict(zip(axes, sizes, strict=True))
+        if chips % math.prod(sizes):
+            continue
+        data = chips // math.prod(sizes)
+        if data * named["fsdp"] * named["expert"] > max(job.batch, named["expert"]):
+            continue
+        mesh = tuple({"data": data, **named}.items())
+        candidate = dataclasses.replace(job, mesh=mesh)
+        try:
+            check(candidate)
+        except UserError:
+            continue
+        if estimate_memory(candidate) <= job.topology.chip.hbm_bytes:
+            yield candidate
+
+
+def estimate_memory(job: Job) -> int:
+    """Bytes of a chip that are taken before the program starts."""
+    parts = _program(job, _mesh_of_no_devices(job)).parts
+    return sum(map(_bytes_of_a_device, parts.values()))
+
+
+def _mesh_of_no_devices(job: Job) -> AbstractMesh:
+    shape = tuple(job.sizes[axis] for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _extrapolated(job: Job) -> Plan:
+    plans: dict[ModelConfig, Plan] = {}
+
+    def whole(figure: Callable[[Plan], float]) -> float:
+        def measure(config: ModelConfig) -> float:
+            if config not in plans:
+                short = dataclasses.replace(job, config=config)
+                plans[config] = compile_plan(short, with_xla_flops=False)
+            return figure(plans[config])
+
+        return extrapolate(job.config, segments(job.config), measure)
+
+    needed = int(whole(lambda plan: plan.needed))
+    one = next(iter(plans.values()))
+    memory = {name: int(whole(lambda plan, n=name: plan.memory.get(n, 0))) for name in one.memory}
+    fits = needed <= one.available
+    return dataclasses.replace(
+        one,
+        fits=fits,
+        needed=needed,
+        memory=memory,
+        flops_by_part=_analytic(job),
+        traced_flops=whole(lambda plan: plan.traced_flops),
+        traffic=(),
+        seconds={name: whole(lambda plan, n=name: plan.seconds.get(n, 0)) for name in one.seconds},
+        advice="" if fits else _advice(job, memory),
+    )
+
+
+def _analytic(job: Job) -> dict[str, float]:
+    remat = job.options.remat == "full"
+    return analytic_flops(job.config, job.mode, job.batch, job.length, remat)
