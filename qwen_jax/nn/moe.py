@@ -506,6 +506,8 @@ class SparseMoe(nn.Module):
         num_tokens = math.prod(x.shape[:-1])
         at_once = num_tokens if layout is None else num_tokens // layout.num_expert_groups
         packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
+        if packed and layout is not None:
+            raise UserError("packed experts are not run on a mesh; load them dense")
         method = self.dispatch
         if method is None:
             platform = jax.default_backend() if layout is None else layout.platform

@@ -259,15 +259,23 @@ def _is_logical(node: Any) -> bool:
     return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
 
 
+# The arrays of `nn.quantized.QuantizedWeight`.
+_PACKED = re.compile("/(values|scales|zeros|group_of)$")
+
+
 def parameter_axes(path: str) -> tuple[str | None, ...]:
-    """The logical axes of the parameter at a slash-separated path.
+    """The logical axes of the parameter at a slash-separated path, or of an array of a packed one.
 
     Raises:
       KeyError: no row of `PARAMETERS` is about it.
     """
+    packed = _PACKED.search(path)
+    weight = path[: packed.start()] if packed else path
     for pattern, logical in PARAMETERS.items():
-        if re.search(rf"(^|/){pattern}$", path):
-            return logical
+        if re.search(rf"(^|/){pattern}$", weight):
+            # The outputs have their groups in common.
+            in_common = packed and packed[1] == "group_of"
+            return (*logical[:-2], logical[-1]) if in_common else logical
     raise KeyError(f"no row of PARAMETERS in {__name__} is about {path}; add one")
 
 
@@ -299,6 +307,8 @@ def gather(config: ModelConfig, mesh: Mesh, params: Any) -> Any:
         logical = parameter_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
         stored = Layout.of(config, mesh)
         used = Layout(mesh, stored.whole | set(_GATHERED))
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jax.lax.with_sharding_constraint(leaf, used.sharding(*logical))
         return _gather(leaf, stored.sharding(*logical), used.sharding(*logical))
 
     return jax.tree_util.tree_map_with_path(one, params)
