@@ -29,7 +29,7 @@ CASES = [
     ("dense", "data:2,fsdp:2,tensor:2"),
     ("dense", "fsdp:2,context:2,tensor:2"),
     ("moe", "fsdp:2,expert:2,tensor:2"),
-    ("hybrid", "fsdp:4,tensor:2"),
+    ("hybrid", "fsdp:2,context:2,tensor:2"),
 ]
 
 

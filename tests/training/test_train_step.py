@@ -180,6 +180,32 @@ def test_targets_that_are_given_are_those_that_are_derived(small):
         jax.tree.map(np.testing.assert_array_equal, ours, derived)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_packed_texts_are_learned_as_texts_by_themselves(case, scan):
+    _, model, params = case
+    ids, mask, _ = masked(model, "right")
+    lengths = mask.sum(1)
+    texts = [ids[i, : lengths[i]] for i in range(2)]
+    packed = Batch(
+        np.concatenate(texts)[None],
+        positions=np.concatenate([np.arange(n) for n in lengths])[None],
+        segment_ids=np.repeat([1, 2], lengths)[None],
+    )
+    options = dataclasses.replace(EXACT, scan=scan, remat="full" if scan else "none")
+
+    @jax.jit
+    def run(params, batch):
+        grad = jax.value_and_grad(lambda p: objective(model, p, batch, options), has_aux=True)
+        return grad(params)
+
+    (loss, metrics), gradients = run(params, packed)
+    (expected, expected_metrics), wanted = run(params, Batch(ids, attention_mask=mask))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["tokens"] == expected_metrics["tokens"] == lengths.sum() - 2
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_a_batch_with_nothing_to_learn_moves_nothing(small):
     _, model, params = small
     ids = random_ids(model, (2, 13))
