@@ -206,7 +206,7 @@ class Decoder(nn.Module):
             if config.rope.depends_on_length:
                 cache = self._follow_length(cache, cache_after.frequencies_for)
             layers = cache.layers
-        x = _embed(self._table("embed_tokens"), ids, tokens.layout)
+        x = _embed(self.embed_tokens(), ids, tokens.layout)
         hidden_states, layers, router = self._run_layers(x, tokens, layers)
         x = self.norm(hidden_states[-1])
         if config.mtp_layers and self.is_initializing():
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         """
         call = check_call(input_ids, attention_mask, positions, segment_ids)
         ids, tokens, _ = place(self.config, self.mesh, call, None)
-        return _embed(self._table("embed_tokens"), ids, tokens.layout), tokens
+        return _embed(self.embed_tokens(), ids, tokens.layout), tokens
 
     def finish(self, x: jax.Array) -> jax.Array:
         """The last layer's output [B', T', D] behind the final norm."""
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
         )
 
     def _table(self, name: str) -> jax.Array:
-        """The weight [V, D] of the input table or of the output head."""
+        """The weight [V, D] of the output head, put together."""
         weight = getattr(self, name)()
         if self.mesh is None or self.is_initializing():
             return weight
@@ -338,7 +338,7 @@ class Decoder(nn.Module):
                 f"{call.ids.shape} need {expected}"
             )
         ids, tokens, cache_after = place(config, self.mesh, call, cache)
-        embedded = _embed(self._table("embed_tokens"), ids, tokens.layout)
+        embedded = _embed(self.embed_tokens(), ids, tokens.layout)
         hidden_states = arrange(tokens, hidden_states)
         layer_cache = None if cache is None else cache.layers[0]
         x, layer_cache, routing = self.mtp(embedded, hidden_states, tokens, layer_cache, step)
@@ -398,7 +398,7 @@ class Decoder(nn.Module):
 
         def rebuild(decoder: "Decoder", cache: Cache) -> Cache:
             tokens = tokens_of_cache(config, layout, cache, longest)
-            x = _embed(decoder._table("embed_tokens"), cache.ids, layout)
+            x = _embed(decoder.embed_tokens(), cache.ids, layout)
             layers = tuple(
                 layer if isinstance(layer, KeyValues) else jax.tree.map(jnp.zeros_like, layer)
                 for layer in cache.layers
@@ -516,8 +516,12 @@ class _Embedding(nn.Module):
 @functools.partial(jax.jit, static_argnames="layout")
 def _embed(table: jax.Array, ids: jax.Array, layout: Layout | None) -> jax.Array:
     parts = layout.axes_of("vocabulary") if layout else ()
+    columns = layout.axes_of("hidden") if layout else ()
 
     def shard(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if columns:
+            # Here, so that the gradient is summed to where the table is stored, and not everywhere.
+            table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
         rows = table.shape[0]
         # Ids outside the table, below 0 too, become NaN instead of some other token's embedding.
         if not parts:
@@ -528,7 +532,7 @@ def _embed(table: jax.Array, ids: jax.Array, layout: Layout | None) -> jax.Array
         known = (ids >= 0) & (ids < rows * jax.lax.axis_size(parts))
         return jnp.where(known[..., None], jax.lax.psum(found, parts), jnp.nan)
 
-    return on_shards(shard, layout, (("vocabulary", None), TOKENS), HIDDEN)(table, ids)
+    return on_shards(shard, layout, (("vocabulary", "hidden"), TOKENS), HIDDEN)(table, ids)
 
 
 def _of_those_that_fit(logits: jax.Array | None, cache: Cache | None) -> jax.Array | None:

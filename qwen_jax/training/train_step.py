@@ -149,7 +149,7 @@ def init_train_state(
             )
 
     def start(params: Params) -> TrainState:
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
 
     def draw(key: jax.Array) -> TrainState:
