@@ -219,7 +219,7 @@ def repeat_heads(x: jax.Array, layout: Layout | None, logical: str) -> jax.Array
     if layout is None:
         return x
     x = jnp.repeat(x, repeats(layout, x.shape[2], logical), axis=2)
-    return constrain(x, layout, "batch", "length", "heads", None)
+    return constrain(x, layout, *TOKENS, "heads", None)
 
 
 def constrain(x: Any, layout: Layout | None, *logical: str | None) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.nn.linear import linear
-from qwen_jax.sharding.axes import Layout, on_shards
+from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
 
 
 def cross_entropy(
@@ -68,8 +68,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 def _run(x, head, targets, weights, z_loss, block_size, layout, with_gradients):
     """The three sums, and with gradients those of the first: float32 [B, T, D] and [V, D]."""
-    tokens = ("batch", "length")
-    gradients = ((*tokens, None), ("vocabulary", "hidden")) if with_gradients else ()
+    gradients = (HIDDEN, ("vocabulary", "hidden")) if with_gradients else ()
     run = functools.partial(
         _run_shard,
         z_loss=z_loss,
@@ -80,14 +79,14 @@ def _run(x, head, targets, weights, z_loss, block_size, layout, with_gradients):
     return on_shards(
         run,
         layout,
-        in_axes=((*tokens, None), ("vocabulary", None), tokens, tokens),
+        in_axes=(HIDDEN, ("vocabulary", None), TOKENS, TOKENS),
         out_axes=((), (), (), *gradients),
     )(x, head, targets, weights)
 
 
 def _run_shard(x, head, targets, weights, *, z_loss, block_size, layout, with_gradients):
     """What a device does with its tokens [b, t] and its rows [v, D] of the head."""
-    across, everyone = _mesh_axes(layout, "vocabulary"), _mesh_axes(layout, "batch", "length")
+    across, everyone = _mesh_axes(layout, "vocabulary"), _mesh_axes(layout, *TOKENS)
     first = jax.lax.axis_index(across) * len(head) if across else 0
     vocab_size = len(head) * (jax.lax.axis_size(across) if across else 1)
     n = targets.size
