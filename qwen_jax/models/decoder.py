@@ -1,6 +1,5 @@
 """The decoder-only language model: embedding, layers, final norm, output head."""
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
@@ -12,8 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_jax.config import HeadKind, LayerKind, ModelConfig
-from qwen_jax.errors import UserError
+from qwen_jax.config import HeadKind, ModelConfig
+from qwen_jax.models.heads import GuardHead, MtpHead, mtp_config
+from qwen_jax.models.layer import (
+    CompiledLinear,
+    CompiledNorm,
+    LayerCache,
+    compiled_layer,
+    norm_of,
+)
 from qwen_jax.models.placement import (
     Call,
     LogitsAt,
@@ -24,14 +30,10 @@ from qwen_jax.models.placement import (
     select,
     tokens_of_cache,
 )
-from qwen_jax.nn.attention import Attention, Tokens
-from qwen_jax.nn.cache import Cache, KeyValues, cache_shardings, init_cache
-from qwen_jax.nn.delta_rule import DeltaState
-from qwen_jax.nn.gated_delta_net import GatedDeltaNet
-from qwen_jax.nn.linear import Linear, fetch_param, linear
-from qwen_jax.nn.mlp import SwiGLU
-from qwen_jax.nn.moe import Dispatch, Routing, SparseMoe
-from qwen_jax.nn.norms import RMSNorm
+from qwen_jax.nn.attention import Tokens
+from qwen_jax.nn.cache import Cache, KeyValues, cache_shardings
+from qwen_jax.nn.linear import fetch_param, linear
+from qwen_jax.nn.moe import Dispatch, Routing
 from qwen_jax.nn.rope import inverse_frequencies
 from qwen_jax.sharding.axes import (
     HIDDEN,
@@ -41,8 +43,6 @@ from qwen_jax.sharding.axes import (
     gather,
     on_shards,
 )
-
-LayerCache = KeyValues | DeltaState
 
 
 @flax.struct.dataclass
@@ -65,63 +65,6 @@ class DecoderOutput:
     router: tuple[Routing | None, ...]
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm residual block: token mixer, then feed-forward.
-
-    Attributes:
-      config: of the model.
-      kind: of the mixer.
-      is_sparse: whether the feed-forward block is a mixture of experts.
-      dispatch, capacity_factor: as `SparseMoe` has them.
-    """
-
-    config: ModelConfig
-    kind: LayerKind
-    is_sparse: bool
-    dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, tokens: Tokens, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
-        """[B, T, D] -> [B, T, D], the layer's new cache, and where its tokens were routed."""
-        config = self.config
-        normed = _norm(config, RMSNorm, name="input_layernorm")(x)
-        if self.kind is LayerKind.LINEAR_ATTENTION:
-            mixer = GatedDeltaNet(config, name="linear_attn")
-            mixed, cache = mixer(normed, tokens.real, cache, tokens.layout, tokens.segments)
-        else:
-            mixer = Attention(config, self.kind, name="self_attn")
-            mixed, cache = mixer(normed, tokens, cache)
-        x = constrain(x + mixed, tokens.layout, *HIDDEN)
-        normed = _norm(config, RMSNorm, name="post_attention_layernorm")(x)
-        if self.is_sparse:
-            experts = SparseMoe(config, self.dispatch, self.capacity_factor, name="mlp")
-            y, routing = experts(normed, tokens.real, tokens.layout)
-        else:
-            y, routing = SwiGLU(config, name="mlp")(normed, tokens.layout), None
-        return constrain(x + y, tokens.layout, *HIDDEN), cache, routing
-
-
-def _norm(config: ModelConfig, kind: type[nn.Module], **options: Any) -> nn.Module:
-    return kind(config.rms_norm_eps, config.zero_centered_norm, **options)
-
-
-# Outside of `jit`, a forward pass runs a handful of compiled programs, one for all layers of a
-# kind, so that the first pass compiles a layer and not the model. Inside of `jit`, layers share
-# their trace and XLA inlines the calls.
-@functools.cache
-def _compiled_layer(config: ModelConfig, mesh: Mesh | None) -> type[nn.Module]:
-    """`DecoderLayer`, its parameters put together on a mesh as it runs."""
-    if mesh is None:
-        return nn.jit(DecoderLayer)
-    put_together = functools.partial(gather, config, mesh)
-    return nn.jit(nn.map_variables(DecoderLayer, "params", put_together))
-
-
-_CompiledNorm = nn.jit(RMSNorm)
-_CompiledLinear = nn.jit(Linear)
 _compiled_linear = jax.jit(linear, static_argnames="out_dtype")
 
 
@@ -148,26 +91,26 @@ class Decoder(nn.Module):
         config = self.config
         sparse = config.moe.layers if config.moe else ()
         self.embed_tokens = _Embedding(config)
-        layer = _compiled_layer(config, None if self.is_initializing() else self.mesh)
+        layer = compiled_layer(config, None if self.is_initializing() else self.mesh)
         self.layers = [
             layer(config, kind, i in sparse, self.dispatch, self.capacity_factor)
             for i, kind in enumerate(config.layer_types)
         ]
-        self.norm = _norm(config, _CompiledNorm)
+        self.norm = norm_of(config, CompiledNorm)
         match config.head:
             case HeadKind.VOCABULARY if not config.tie_word_embeddings:
                 self.lm_head = _Embedding(config)
             case HeadKind.SCORE | HeadKind.SCORE_WITH_BIAS:
                 biased = config.head is HeadKind.SCORE_WITH_BIAS
-                self.score = _CompiledLinear(config.num_labels, biased)
+                self.score = CompiledLinear(config.num_labels, biased)
             case HeadKind.TWO_LAYER_SCORE:
-                self.score_0 = _CompiledLinear(config.hidden_size, True)
-                self.score_2 = _CompiledLinear(config.num_labels, True)
+                self.score_0 = CompiledLinear(config.hidden_size, True)
+                self.score_2 = CompiledLinear(config.num_labels, True)
             case HeadKind.GUARD:
-                self.answer_guard = _Guard(config, config.guard.widths[:2])
-                self.query_guard = _Guard(config, config.guard.widths[2:])
+                self.answer_guard = GuardHead(config, config.guard.widths[:2])
+                self.query_guard = GuardHead(config, config.guard.widths[2:])
         if config.mtp_layers:
-            self.mtp = _MtpHead(config, layer, self.dispatch, self.capacity_factor)
+            self.mtp = MtpHead(config, layer, self.dispatch, self.capacity_factor)
 
     def __call__(
         self,
@@ -244,7 +187,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         is_sparse = config.moe is not None and i in config.moe.layers
-        return _compiled_layer(config, self.mesh)(
+        return compiled_layer(config, self.mesh)(
             config, config.layer_types[i], is_sparse, self.dispatch, self.capacity_factor
         )
 
@@ -406,100 +349,6 @@ class Decoder(nn.Module):
             return cache.replace(layers=decoder._run_layers(x, tokens, layers)[1])
 
         return nn.cond(stale, rebuild, lambda decoder, cache: cache, self, cache)
-
-
-class _Guard(nn.Module):
-    """What a guard makes of a token as part of an answer, or as part of a query.
-
-    Attributes:
-      config: with `guard`.
-      widths: levels of risk, categories.
-    """
-
-    config: ModelConfig
-    widths: tuple[int, int]
-
-    def setup(self):
-        """Declares the blocks."""
-        self.project = _CompiledLinear(self.config.guard.inner_size)
-        self.norm = _norm(self.config, _CompiledNorm)
-        self.risk, self.category = (_CompiledLinear(width) for width in self.widths)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, P, D] -> the logits of risk and of category, [B, P, width] each."""
-        x = self.norm(self.project(x))
-        return self.risk(x), self.category(x)
-
-
-class _MtpHead(nn.Module):
-    """Joins the next token's embedding to the hidden state and runs a layer of its own on both.
-
-    Within the joint vector the embedding comes first, then the hidden state, as other engines read
-    the published `fc`.
-    """
-
-    config: ModelConfig
-    layer: type[nn.Module]
-    dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
-
-    def setup(self):
-        """Declares the blocks."""
-        config = mtp_config(self.config)
-        self.pre_fc_norm_embedding = _norm(config, _CompiledNorm)
-        self.pre_fc_norm_hidden = _norm(config, _CompiledNorm)
-        self.fc = _CompiledLinear(config.hidden_size, stddev=config.initializer_range)
-        (kind,) = config.layer_types
-        self.layers = [
-            self.layer(config, kind, config.moe is not None, self.dispatch, self.capacity_factor)
-            for _ in range(self.config.mtp_layers)
-        ]
-        self.norm = _norm(config, _CompiledNorm)
-
-    def __call__(
-        self,
-        embedded: jax.Array,
-        hidden: jax.Array,
-        tokens: Tokens,
-        cache: KeyValues | None,
-        step: int,
-    ) -> tuple[jax.Array, KeyValues | None, Routing | None]:
-        """[B, T, D] twice -> [B, T, D], the layer's new cache and its routing."""
-        both = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
-        x = self.fc(jnp.concatenate(both, axis=-1))
-        layers = range(len(self.layers)) if self.is_initializing() else (step % len(self.layers),)
-        for i in layers:
-            x, cache, routing = self.layers[i](x, tokens, cache)
-        return self.norm(x), cache, routing
-
-
-def mtp_config(config: ModelConfig) -> ModelConfig:
-    """What a layer of the MTP head of `config` is: one of full attention, sparse if any is."""
-    moe = config.moe
-    return dataclasses.replace(
-        config,
-        layer_types=(LayerKind.FULL_ATTENTION,),
-        delta=None,
-        moe=None if moe is None else dataclasses.replace(moe, layers=(0,)),
-        mtp_layers=0,
-    )
-
-
-def init_mtp_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
-) -> Cache:
-    """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`.
-
-    Raises:
-      UserError: the model's RoPE depends on the length of the text. What the head has cached would
-        have to be computed again when it grows, from hidden states that no cache keeps.
-    """
-    if config.rope.depends_on_length:
-        raise UserError(
-            f"rope_type = {config.rope.kind.value} changes what the head has cached as the text "
-            "grows; run predict_next without a cache"
-        )
-    return init_cache(mtp_config(config), batch, capacity, dtype, mesh)
 
 
 class _Embedding(nn.Module):

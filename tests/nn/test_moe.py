@@ -21,13 +21,13 @@ from qwen_jax.nn import moe
 from qwen_jax.nn.moe import (
     Dispatch,
     Routing,
-    SparseMoe,
     capacity_of,
     choose_dispatch,
     limit_capacity,
     mix_experts,
     route,
 )
+from qwen_jax.nn.sparse_moe import SparseMoe
 
 D, F = 16, 10
 BLOCKS = (Dispatch.SORTED, Dispatch.GATHER)

@@ -1,0 +1,163 @@
+"""The feed-forward block that is a mixture of experts, on one device or shared out on a mesh."""
+
+import math
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import ModelConfig, MoeSpec
+from qwen_jax.errors import UserError
+from qwen_jax.nn.linear import Linear, fetch_param
+from qwen_jax.nn.mlp import SwiGLU
+from qwen_jax.nn.moe import (
+    Dispatch,
+    Leaf,
+    Routing,
+    capacity_of,
+    choose_dispatch,
+    limit_capacity,
+    mix_chosen,
+    mix_experts,
+    route,
+)
+from qwen_jax.nn.quantized import QuantizedWeight
+from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
+
+
+class SparseMoe(nn.Module):
+    """The router, its experts, and where the config has one, the expert that all tokens go to.
+
+    Attributes:
+      config: with `moe`.
+      dispatch: how the experts run; None for `choose_dispatch`'s choice.
+      capacity_factor: of `Dispatch.CAPACITY`, and only of it.
+    """
+
+    config: ModelConfig
+    dispatch: Dispatch | None = None
+    capacity_factor: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, real: jax.Array | None = None, layout: Layout | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """Runs the tokens of one call.
+
+        Args:
+          x: [B, T, D].
+          real: bool [B, T], False at padding; None for all real.
+          layout: where the tokens lie on a mesh; None without one.
+
+        Returns:
+          [B, T, D], and where the tokens went.
+        """
+        config, spec = self.config, self.config.moe
+        E, F, D = spec.num_experts, spec.intermediate_size, config.hidden_size
+        std = config.initializer_range
+        routing = _route_on_shards(x, _Weight((E, D), std, name="gate")(), spec, real, layout)
+        experts = _Experts(E, F, D, std, name="experts")()
+        num_tokens = math.prod(x.shape[:-1])
+        at_once = num_tokens if layout is None else num_tokens // layout.num_expert_groups
+        packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
+        if packed and layout is not None:
+            raise UserError("packed experts are not run on a mesh; load them dense")
+        method = self.dispatch
+        if method is None:
+            platform = jax.default_backend() if layout is None else layout.platform
+            method = choose_dispatch(at_once, spec, platform, packed)
+        method = Dispatch(method)
+        capacity = None
+        if (self.capacity_factor is not None) != (method is Dispatch.CAPACITY):
+            raise UserError(
+                f"capacity_factor = {self.capacity_factor} with dispatch = {method.value}: give a "
+                f"factor with dispatch = {Dispatch.CAPACITY.value}, and only there"
+            )
+        if self.capacity_factor is not None:
+            capacity = capacity_of(num_tokens, spec, self.capacity_factor)
+            routing = limit_capacity(routing, capacity, real)
+        y = _mix_on_shards(x, routing, experts, method, capacity, layout)
+        if spec.shared_intermediate_size is not None:
+            gate = nn.sigmoid(Linear(1, stddev=std, name="shared_expert_gate")(x))
+            shared = SwiGLU(config, spec.shared_intermediate_size, name="shared_expert")
+            y = y + gate * shared(x, layout)
+        return y, routing
+
+
+class _Weight(nn.Module):
+    """Declares `weight` of `shape`."""
+
+    shape: tuple[int, ...]
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> Leaf:
+        return fetch_param(self, "weight", nn.initializers.normal(self.stddev), self.shape)
+
+
+class _Experts(nn.Module):
+    """Declares the three projections of all experts, as `mix_experts` takes them."""
+
+    E: int
+    F: int
+    D: int
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> dict[str, Leaf]:
+        wide, narrow = (self.E, self.F, self.D), (self.E, self.D, self.F)
+        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        return {name: _Weight(shape, self.stddev, name=name)() for name, shape in shapes.items()}
+
+
+def _route_on_shards(
+    x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None, layout: Layout | None
+) -> Routing:
+    """`route` on each device for its own tokens, the counts summed over all."""
+    if layout is None:
+        return route(x, weight, spec, real)
+
+    def shard(x, weight, real):
+        routing = route(x, weight, spec, real)
+        return routing.replace(counts=jax.lax.psum(routing.counts, layout.axes_of(*TOKENS)))
+
+    out_axes = Routing(HIDDEN, HIDDEN, HIDDEN, counts=(None,), dropped=())
+    return on_shards(shard, layout, (HIDDEN, (None, None), TOKENS), out_axes)(x, weight, real)
+
+
+def _mix_on_shards(
+    x: jax.Array,
+    routing: Routing,
+    experts: Mapping[str, Leaf],
+    method: Dispatch,
+    capacity: int | None,
+    layout: Layout | None,
+) -> jax.Array:
+    """`mix_experts` where the experts are shared out.
+
+    Each device runs its experts on the tokens of all devices that it shares them with, and each
+    token's home sums what they made of it. Nothing is dropped, whatever the load.
+    """
+    if layout is None:
+        return mix_experts(x, routing, experts, method, capacity)
+    sharing, parts = layout.axes_of("experts"), layout.axes_of("width")
+
+    def shard(x, chosen, weights, experts):
+        if sharing:
+            x, chosen, weights = (
+                jax.lax.all_gather(a, sharing, axis=0, tiled=True) for a in (x, chosen, weights)
+            )
+            E = experts["gate_proj"].shape[0]
+            mine = chosen - jax.lax.axis_index(sharing) * E
+            chosen = jnp.where((mine >= 0) & (mine < E), mine, E)
+        y = mix_chosen(x, chosen, weights, experts, method, capacity)
+        y = jax.lax.psum(y, parts)
+        if sharing:
+            y = jax.lax.psum_scatter(y, sharing, scatter_dimension=0, tiled=True)
+        return y
+
+    wide, narrow = ("experts", "width", None), ("experts", None, "width")
+    weights = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+    mix = on_shards(shard, layout, (HIDDEN, HIDDEN, HIDDEN, weights), HIDDEN)
+    return mix(x, routing.experts, routing.weights, dict(experts))
