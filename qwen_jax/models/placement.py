@@ -206,13 +206,15 @@ def _place(
     lengths = jnp.full(shape[0], shape[1]) if mask is None else mask.sum(axis=1)
     frequencies_for = lengths if config.rope.depends_on_prompt else positions.max() + 1
     places = _order(layout, mask, shape)
-    ids, order, mask, positions, segments = _in_order(
-        places, (call.ids, order, mask, positions, call.segments)
-    )
+    ids, mask, positions, segments = _in_order(places, (call.ids, mask, positions, call.segments))
+    slots = order
+    if places is not None:
+        # Without the gaps that padding leaves: the slots of a run of keys follow each other.
+        slots = order[:, zigzag(shape[1], layout.mesh.shape[CONTEXT])]
     tokens = _tokens(
         config,
         layout,
-        order,
+        slots,
         mask,
         mask,
         positions,

@@ -1,5 +1,6 @@
 """Self-attention as the models have it: projections, norms, rotation, cache, gate, output."""
 
+import dataclasses
 import functools
 
 import einops
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import LayerKind, ModelConfig
-from qwen_jax.nn.attend import Mask, attend
+from qwen_jax.nn.attend import Mask
 from qwen_jax.nn.cache import KeyValues, write_slots
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
+from qwen_jax.nn.kernels.choose import Kernels, kernels_on
 from qwen_jax.nn.linear import Linear
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.ring import (
@@ -131,10 +133,11 @@ class Attention(nn.Module):
         layout = tokens.layout
         heads, caches = (*TOKENS, "heads", None), ("batch", "slots", "heads", None)
         keys = TOKENS if cache is None else ("batch", "slots")
-        # On one device key s of a call without a cache stands at slot s.
-        in_order = cache is not None or tokens.places is None
+        kernels = dataclasses.replace(
+            kernels_on(layout), in_order=cache is None and tokens.places is None, keys_in_order=True
+        )
         attention = functools.partial(
-            _enter_and_attend, window, in_order, is_cut(layout), is_cut(layout, "slots")
+            _enter_and_attend, kernels, window, is_cut(layout), is_cut(layout, "slots")
         )
         attend_on_shards = on_shards(
             attention,
@@ -149,8 +152,8 @@ class Attention(nn.Module):
 
 
 def _enter_and_attend(
+    kernels: Kernels,
     window: int | None,
-    in_order: bool,
     length_cut: bool,
     slots_cut: bool,
     queries: tuple[jax.Array, ...],
@@ -166,8 +169,8 @@ def _enter_and_attend(
     """Enters keys and values into the cache, if there is one, and attends over what is there.
 
     Args:
+      kernels: what computes attention, with its promises.
       window: of a sliding layer; None for no limit.
-      in_order: whether key s stands at slot s.
       length_cut, slots_cut: whether these are a shard's part of the texts, and of the cache.
       queries: rotated, [B, T, H, d]; three of them where there are chunks.
       k, v: [B, T, K, d].
@@ -176,7 +179,8 @@ def _enter_and_attend(
       scale: float32 [B, T]; None for the default one.
       cache: [B, S, K, d].
     """
-    key_slots = None if in_order else slots
+    # Where no mesh cuts the texts key s stands at slot s.
+    key_slots = slots if length_cut else None
     if cache is not None:
         write = write_slots
         if slots_cut:
@@ -207,13 +211,23 @@ def _enter_and_attend(
             axis_name=CONTEXT,
             relations=relations,
             zigzag_keys=cache is None,
+            kernels=kernels,
         )
     elif slots_cut and cache is not None:
         out = cache_attend(queries, k, v, mask, scale, axis_name=CONTEXT, relations=relations)
     elif chunks is not None:
         out = dual_chunk_attend(
-            queries, k, v, slots, key_valid, *chunks, scale, key_slots, segments, segments
+            queries,
+            k,
+            v,
+            slots,
+            key_valid,
+            *chunks,
+            scale,
+            query_segments=segments,
+            key_segments=segments,
+            kernels=kernels,
         )
     else:
-        out, _ = attend(*queries, k, v, mask, scale)
+        out, _ = kernels.attend(*queries, k, v, mask, scale, needs_lse=False)
     return out, cache

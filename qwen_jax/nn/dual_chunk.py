@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import DualChunkSpec
-from qwen_jax.nn.attend import Mask, Relation, attend, merge
+from qwen_jax.nn.attend import Mask, Relation, merge
+from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 
 # Of a query's chunk to those of the keys that each of its rotations is for, in order.
 RELATIONS = (Relation.SAME, Relation.PREVIOUS, Relation.OLDER)
@@ -74,6 +75,7 @@ def dual_chunk_attend(
     key_slots: jax.Array | None = None,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
+    kernels: Kernels = PLAIN,
 ) -> jax.Array:
     """One softmax over keys of all chunks, each scored by the query rotated for its distance.
 
@@ -87,6 +89,7 @@ def dual_chunk_attend(
       query_chunks, key_chunks: int32 [B, T] and [B, S], from `chunks`. A key that stands in a
         later chunk than the query is not seen, whatever its slot.
       scale: as for `attend`.
+      kernels: what computes the branches.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
@@ -97,7 +100,7 @@ def dual_chunk_attend(
     )
 
     def branch(q: jax.Array, relation: Relation) -> tuple[jax.Array, jax.Array]:
-        return attend(q, k, v, mask.replace(relation=relation), scale)
+        return kernels.attend(q, k, v, mask.replace(relation=relation), scale)
 
     own = branch(queries[0], RELATIONS[0])
 

@@ -6,21 +6,27 @@ a shard with late ones, and all shards have the same work. A cache is cut into c
 
 Keys and values travel round the ring of shards (arXiv 2310.01889), and what each shard makes of
 those that visit merges by the log-sum-exp, so that no shard ever holds a whole text, in the
-backward pass neither; or they are gathered, which is quicker where they fit.
+backward pass neither; or they are gathered in one go, where they are few.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.nn.attend import Mask, Relation, attend, gradients_of_part, merge, scale_of
+from qwen_jax.nn.attend import Mask, Relation, merge, scale_of
 from qwen_jax.nn.cache import write_slots
+from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 
 Relations = tuple[Relation | None, ...]
+
+# Bytes of a text's keys and values that a device gathers, in place of passing them round: as much
+# as the temporaries of a layer may well be, and one collective in place of one for each shard.
+_MOST_GATHERED = 1 << 26
 
 # Attributes of a mask that belong to keys, and travel with them.
 _OF_KEYS = ("key_valid", "key_groups", "key_slots", "key_segments")
@@ -54,23 +60,26 @@ def context_attend(
     scale: jax.Array | float | None = None,
     *,
     axis_name: str,
-    method: Literal["ring", "gather"] = "ring",
+    method: Literal["ring", "gather"] | None = None,
     relations: Relations = (None,),
     zigzag_keys: bool = True,
+    kernels: Kernels = PLAIN,
 ) -> jax.Array:
     """`attend` for queries and keys that are shared out over a mesh axis, here those of one shard.
 
     Args:
       queries: one array [B, T, H, d], or one for each of `relations`.
-      k, v: [B, S, K, d]; in any order, to be told by the mask.
+      k, v: [B, S, K, d]; in any order, to be told by the mask. But the kernels of TPUs take slots
+        to follow each other, in each half of the keys where `zigzag_keys`.
       mask: of the shard's queries and keys, `key_slots` among them, `relation` None.
       scale: of the shard's queries, as for `attend`.
       axis_name: the mesh axis.
-      method: "ring" needs memory for the keys of two shards; "gather" for all of them.
+      method: "ring" needs memory for the keys of two shards; "gather" for all of them. None for
+        "gather" where those are few.
       relations: which keys each of `queries` is for, no key twice: `(None,)`, or
         `dual_chunk.RELATIONS` with chunks for groups. They are branches of one softmax.
-      zigzag_keys: whether keys lie as `zigzag` has them, which lets "gather" pass over blocks that
-        no query sees; of no influence on the result.
+      zigzag_keys: whether keys lie as `zigzag` has them.
+      kernels: what computes the parts.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
@@ -78,13 +87,21 @@ def context_attend(
     Raises:
       ValueError: an unknown method, or a mask without `key_slots`.
     """
-    if method not in ("ring", "gather"):
+    if method not in ("ring", "gather", None):
         raise ValueError(f"method = {method!r}: give 'ring' or 'gather'")
     if mask.key_slots is None:
         raise ValueError("mask: give key_slots, since a shard's first key is not at slot 0")
     scale = scale_of(queries[0], scale)
+    # Both ways, the keys that a kernel is given follow each other.
+    kernels = dataclasses.replace(kernels, in_order=False, keys_in_order=True)
+    if method is None:
+        gathered = (k.nbytes + v.nbytes) * jax.lax.axis_size(axis_name)
+        method = "gather" if gathered <= _MOST_GATHERED else "ring"
     if method == "ring":
-        return _ring_attend(axis_name, relations, queries, k, v, mask, scale)[0]
+        # In zigzag order a shard has two runs of slots.
+        runs = 2 if zigzag_keys and kernels.platform == "tpu" else 1
+        how = _Ring(axis_name, relations, runs, kernels)
+        return _ring_attend(how, queries, k, v, mask, scale)[0]
 
     def gather(x: jax.Array) -> jax.Array:
         x = jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
@@ -93,7 +110,7 @@ def context_attend(
         return x[:, unzigzag(x.shape[1], jax.lax.axis_size(axis_name))]
 
     k, v, keys = jax.tree.map(gather, (k, v, _keys_of(mask)))
-    branches = _branches(relations, queries, k, v, mask.replace(**keys), scale)
+    branches = _branches(kernels, relations, queries, k, v, mask.replace(**keys), scale)
     return _merge(branches)[0].astype(queries[0].dtype)
 
 
@@ -124,7 +141,7 @@ def cache_attend(
     slots = first_slot(k, axis_name) + jnp.arange(k.shape[1], dtype=jnp.int32)
     mask = mask.replace(key_slots=jnp.broadcast_to(slots, k.shape[:2]))
     out, lse = _merge(
-        _branches(relations, queries, k, v, mask, scale_of(queries[0], scale), jnp.float32)
+        _branches(PLAIN, relations, queries, k, v, mask, scale_of(queries[0], scale), jnp.float32)
     )
     weight = jnp.exp(lse - jax.lax.pmax(lse, axis_name))
     out = jax.lax.psum(weight[..., None] * out, axis_name)
@@ -195,10 +212,12 @@ def _keys_of(mask: Mask) -> dict[str, jax.Array | None]:
     return {name: getattr(mask, name) for name in _OF_KEYS}
 
 
-def _branches(relations: Relations, queries, k, v, mask: Mask, scale, dtype=None, method="auto"):
-    """What `attend` returns for each of `queries`."""
+def _branches(
+    kernels: Kernels, relations: Relations, queries, k, v, mask: Mask, scale, dtype=None, by="auto"
+):
+    """What attention returns for each of `queries`."""
     return [
-        attend(q, k, v, mask.replace(relation=relation), scale, method, dtype)
+        kernels.attend(q, k, v, mask.replace(relation=relation), scale, by, dtype)
         for q, relation in zip(queries, relations, strict=True)
     ]
 
@@ -207,52 +226,78 @@ def _merge(branches: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     return branches[0] if len(branches) == 1 else merge(*zip(*branches, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring_attend(axis_name: str, relations: Relations, queries, k, v, mask: Mask, scale):
+class _Ring(NamedTuple):
+    """How the ring works: its mesh axis, and `runs` of keys of each shard one after another."""
+
+    axis_name: str
+    relations: Relations
+    runs: int
+    kernels: Kernels
+
+
+def _runs(how: _Ring, visiting: Any) -> list[Any]:
+    """Arrays of keys [B, S, ...] in as many parts."""
+    size = visiting[0].shape[1] // how.runs
+    return [
+        jax.tree.map(lambda x, i=i: x[:, i * size : (i + 1) * size], visiting)
+        for i in range(how.runs)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring_attend(how: _Ring, queries, k, v, mask: Mask, scale):
     """Out and log-sum-exp of the shard's queries over the keys of all shards."""
 
     def step(so_far, visiting):
-        k, v, keys = visiting
-        # Block by block even where it is short, to pass over what no query sees.
-        branches = _branches(
-            relations, queries, k, v, mask.replace(**keys), scale, jnp.float32, "blockwise"
-        )
-        return _merge([so_far, *branches])
+        branches = [so_far]
+        for k, v, keys in _runs(how, visiting):
+            visited = mask.replace(**keys)
+            # Block by block even where it is short, to pass over what no query sees.
+            branches += _branches(
+                how.kernels, how.relations, queries, k, v, visited, scale, jnp.float32, "blockwise"
+            )
+        return _merge(branches)
 
     shape = (*queries[0].shape[:3], v.shape[-1])
     nothing = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], jnp.finfo(jnp.float32).min)
-    out, lse = _travel(step, nothing, (k, v, _keys_of(mask)), axis_name)
+    out, lse = _travel(step, nothing, (k, v, _keys_of(mask)), how.axis_name)
     return out.astype(queries[0].dtype), lse
 
 
-def _ring_forward(axis_name, relations, queries, k, v, mask, scale):
-    results = _ring_attend(axis_name, relations, queries, k, v, mask, scale)
+def _ring_forward(how: _Ring, queries, k, v, mask, scale):
+    results = _ring_attend(how, queries, k, v, mask, scale)
     return results, (queries, k, v, mask, scale, results)
 
 
-def _ring_backward(axis_name, relations, residuals, cotangents):
+def _ring_backward(how: _Ring, residuals, cotangents):
     """Gradients; those of keys and values follow them round the ring, a step behind."""
     queries, k, v, mask, scale, results = residuals
 
     def step(so_far, visiting):
         of_queries, of_keys = so_far
-        k, v, keys = visiting
-        of_keys = _pass_on(of_keys, axis_name)
-        d_queries = []
-        for q, relation in zip(queries, relations, strict=True):
-            visited = mask.replace(relation=relation, **keys)
-            d_q, d_scale, *d_keys = gradients_of_part(q, k, v, visited, scale, results, cotangents)
-            of_keys = jax.tree.map(jnp.add, of_keys, tuple(d_keys))
-            d_queries.append((d_q, d_scale))
-        return jax.tree.map(jnp.add, of_queries, d_queries), of_keys
+        of_keys = _pass_on(of_keys, how.axis_name)
+        of_runs = []
+        for k, v, keys in _runs(how, visiting):
+            d_queries, d_keys = [], []
+            for q, relation in zip(queries, how.relations, strict=True):
+                visited = mask.replace(relation=relation, **keys)
+                d_q, d_scale, *d_kv = how.kernels.gradients_of_part(
+                    q, k, v, visited, scale, results, cotangents
+                )
+                d_queries.append((d_q, d_scale))
+                d_keys.append(tuple(d_kv))
+            of_queries = jax.tree.map(jnp.add, of_queries, d_queries)
+            of_runs.append(jax.tree.map(lambda *x: sum(x), *d_keys))
+        d_visiting = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_runs)
+        return of_queries, jax.tree.map(jnp.add, of_keys, d_visiting)
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros(x.shape, jnp.float32)
 
     nothing = [(zeros(q), zeros(scale)) for q in queries], (zeros(k), zeros(v))
-    of_queries, of_keys = _travel(step, nothing, (k, v, _keys_of(mask)), axis_name)
+    of_queries, of_keys = _travel(step, nothing, (k, v, _keys_of(mask)), how.axis_name)
     # After as many steps as shards they are with the last to visit: one more and they are home.
-    d_k, d_v = _pass_on(of_keys, axis_name)
+    d_k, d_v = _pass_on(of_keys, how.axis_name)
     d_queries, d_scales = zip(*of_queries, strict=True)
     d_queries = tuple(d.astype(q.dtype) for d, q in zip(d_queries, queries, strict=True))
     return d_queries, d_k.astype(k.dtype), d_v.astype(v.dtype), None, sum(d_scales)

@@ -53,7 +53,7 @@ class Compiled:
     Attributes:
       arguments, outputs, temporaries, code: bytes.
       aliased: bytes of arguments that outputs are written over.
-      flops: operations as XLA counts them: of a loop one turn, of a kernel what it declares.
+      flops: operations as XLA counts them: of a loop one turn, of a kernel none.
       hlo: the optimised program.
     """
 

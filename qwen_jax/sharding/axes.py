@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -190,6 +190,8 @@ class Layout:
     @property
     def platform(self) -> str:
         """Of the devices, as `jax.default_backend()` names them."""
+        if isinstance(self.mesh, AbstractMesh):
+            return self.mesh.abstract_device.platform
         return self.mesh.devices.flat[0].platform
 
     @property

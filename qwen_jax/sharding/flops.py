@@ -7,7 +7,9 @@ a key and a value, F feed-forward width, E experts of which a token meets k, V w
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
 
 from qwen_jax.config import HeadKind, LayerKind, ModelConfig
 
@@ -110,24 +112,44 @@ def _head_flops(config: ModelConfig, positions: int) -> float:
     return 2 * positions * D * width
 
 
-def count_flops(jaxpr: Any, turns: float | None = None) -> float:
+def count_flops(
+    jaxpr: Any, turns: float | None = None, seen: float = 1.0, only_kernels: bool = False
+) -> float:
     """Operations of the matrix products in a traced program, loops and all devices included.
 
     Args:
       jaxpr: as `jax.make_jaxpr(function)(*arguments)` gives it.
       turns: how often a loop runs whose number of turns depends on data, on average.
+      seen: the share of pairs of queries and keys for which an attention kernel computes scores.
+      only_kernels: whether to leave out what XLA counts, which looks into no kernel.
 
     Raises:
-      ValueError: there is such a loop with a product in it, and `turns` is None.
+      ValueError: there is a loop with a product in it that depends on data, and `turns` is None; or
+        a kernel whose operations are not known.
     """
-    return sum(_equation_flops(equation, turns) for equation in _open(jaxpr).eqns)
+    return sum(
+        _equation_flops(equation, _Counting(turns, seen, only_kernels))
+        for equation in _open(jaxpr).eqns
+    )
 
 
-def _equation_flops(equation: Any, turns: float | None) -> float:
+class _Counting(NamedTuple):
+    """Arguments of `count_flops`."""
+
+    turns: float | None
+    seen: float
+    only_kernels: bool
+
+
+def _equation_flops(equation: Any, how: _Counting) -> float:
     name, params = equation.primitive.name, equation.params
     operands = [v.aval for v in equation.invars]
     results = [v.aval for v in equation.outvars]
     match name:
+        case "pallas_call":
+            return _kernel_flops(params["name"], operands, how.seen)
+        case "dot_general" | "ragged_dot_general" | "conv_general_dilated" if how.only_kernels:
+            return 0
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             return 2 * results[0].size * math.prod(operands[0].shape[i] for i in contracted)
@@ -138,18 +160,37 @@ def _equation_flops(equation: Any, turns: float | None) -> float:
             out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             return 2 * results[0].size * kernel.size // out_channels
         case "scan":
-            return params["length"] * count_flops(params["jaxpr"], turns)
+            return params["length"] * count_flops(params["jaxpr"], *how)
         case "while":
-            return _while_flops(params, turns)
+            return _while_flops(params, how)
         case "cond":
-            return max(count_flops(branch, turns) for branch in params["branches"])
+            return max(count_flops(branch, *how) for branch in params["branches"])
         case "shard_map":
-            return params["mesh"].size * count_flops(params["jaxpr"], turns)
-        case "pallas_call":
-            if (estimate := params.get("cost_estimate")) is not None:
-                return estimate.flops
-            return math.prod(params["grid_mapping"].grid) * count_flops(params["jaxpr"], turns)
-    return sum(count_flops(inner, turns) for inner in _inner(params))
+            return params["mesh"].size * count_flops(params["jaxpr"], *how)
+    return sum(count_flops(inner, *how) for inner in _inner(params))
+
+
+# Products [queries, keys] by d of the attention kernels, from the starts of their names.
+_KERNEL_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "ragged_paged_attention": 2,
+}
+
+
+def _kernel_flops(name: str, operands: list[Any], seen: float) -> float:
+    """Of an attention kernel, from the shapes of queries and keys alone."""
+    found = [count for start, count in _KERNEL_PRODUCTS.items() if name.startswith(start)]
+    if not found:
+        raise ValueError(f"how many operations the kernel {name} takes is not known; add it")
+    if name.startswith("ragged_paged"):
+        # Each row's pages [B, P], queries [B, H, d], and all pages [B * P, page, 2 K, d].
+        table, q, pages = (next(x for x in operands if x.ndim == n) for n in (2, 3, 4))
+        return 2 * found[0] * q.size * table.shape[1] * pages.shape[1]
+    # Behind tables of integers, with an axis more where rows run together: [H, T, d], [K, S, d].
+    q, k, *_ = (x for x in operands if jnp.issubdtype(x.dtype, jnp.floating))
+    return 2 * found[0] * q.size * k.shape[-2] * seen
 
 
 def _ragged_flops(numbers: Any, operands: list[Any], result: Any) -> float:
@@ -161,14 +202,14 @@ def _ragged_flops(numbers: Any, operands: list[Any], result: Any) -> float:
     return flops // operands[2].shape[-1] if is_summed else flops
 
 
-def _while_flops(params: dict[str, Any], turns: float | None) -> float:
-    once = count_flops(params["body_jaxpr"], turns or 1)
-    if once and turns is None:
+def _while_flops(params: dict[str, Any], how: _Counting) -> float:
+    once = count_flops(params["body_jaxpr"], *how._replace(turns=how.turns or 1))
+    if once and how.turns is None:
         raise ValueError(
             "a loop with matrix products runs for a number of turns that depends on data; give "
             "`turns`, how often it does on average"
         )
-    return once * (turns or 0)
+    return once * (how.turns or 0)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -119,7 +119,8 @@ def read_module(text: str) -> Module:
       ValueError: it has no entry computation.
     """
     computations, entry, name, lines = {}, None, None, []
-    for line in text.splitlines():
+    # What a Pallas kernel notes of itself has lines of its own, within that of its call.
+    for line in re.sub(r"kernel_metadata=\{\n.*\n\}", "kernel_metadata={}", text).splitlines():
         if name is None:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line)
             if head and not line.startswith("HloModule"):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -107,8 +107,8 @@ class Plan:
         "temporaries" what it needs while it runs, "outputs" what it returns in memory of its own.
       flops_by_part: operations of all chips by part of the model, by formula.
       traced_flops: operations of all chips, counted over the traced program.
-      xla_flops: the same as XLA counts them, of a loop inside a layer one turn and of a kernel what
-        it declares; extrapolated over layers.
+      xla_flops: the same as XLA counts them, of a loop inside a layer one turn, and of kernels, in
+        which it sees nothing, as traced; extrapolated over layers.
       traffic: what goes between chips, the most first.
       counts_all: whether the number of turns of every loop with a collective in it is known.
       weight_reads: how often a step reads the weights from memory; of a decode step.
@@ -232,7 +232,14 @@ def _turns(job: Job, mesh: Mesh | AbstractMesh) -> float:
         chosen = _tokens_of_a_group(job, mesh) * job.config.moe.num_experts_per_tok
         return chosen / num_shards(mesh, "experts")
     # In a ring, a loop over each shard's keys.
-    return (-(-job.length // _ATTENTION_BLOCK) + 1) / 2 / num_shards(mesh, "length")
+    blocks = -(-job.length // _ATTENTION_BLOCK)
+    return _seen(job) * blocks / num_shards(mesh, "length")
+
+
+def _seen(job: Job) -> float:
+    """The share of blocks of queries and keys up to the diagonal, which attention computes."""
+    blocks = -(-job.length // _ATTENTION_BLOCK)
+    return (blocks + 1) / (2 * blocks)
 
 
 def _bytes_of_a_device(tree: Any) -> int:
@@ -252,8 +259,14 @@ def estimate(job: Job) -> Plan:
     mesh = _mesh_of_no_devices(job)
     program = _program(job, mesh)
     parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
-    traced = count_flops(program.function.trace(*program.arguments).jaxpr, _turns(job, mesh))
-    return _plan(job, parts, traced)
+    traced = program.function.trace(*program.arguments)
+    return _plan(job, parts, _traced_flops(job, mesh, traced))
+
+
+def _traced_flops(
+    job: Job, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced, only_kernels: bool = False
+) -> float:
+    return count_flops(traced.jaxpr, _turns(job, mesh), _seen(job), only_kernels)
 
 
 def check(job: Job) -> None:
@@ -286,28 +299,33 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
     program = _program(job, mesh)
     parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
     traced = program.function.trace(*program.arguments)
-    flops = count_flops(traced.jaxpr, _turns(job, mesh))
+    flops = _traced_flops(job, mesh, traced)
     try:
         compiled = aot.compile_program(traced.lower())
     except aot.DoesNotFitError as error:
         return _plan(job, parts, flops, error=error)
     xla_flops = None
     if with_xla_flops and job.mode == "train" and job.options.scan:
-        xla_flops = _xla_flops(job, mesh)
+        xla_flops = _extrapolated_xla_flops(job, mesh)
     elif with_xla_flops:
-        xla_flops = compiled.flops * job.topology.num_chips
+        xla_flops = _xla_flops(job, mesh, traced, compiled)
     return _plan(job, parts, flops, compiled=compiled, xla_flops=xla_flops)
 
 
-def _xla_flops(job: Job, mesh: Mesh) -> float | None:
-    """XLA's count of a train step on all chips; None where even short models do not fit."""
+def _xla_flops(job: Job, mesh: Mesh, traced: jax.stages.Traced, compiled: aot.Compiled) -> float:
+    """XLA's count on all chips, with what is inside of kernels, where it does not look."""
+    return compiled.flops * job.topology.num_chips + _traced_flops(job, mesh, traced, True)
+
+
+def _extrapolated_xla_flops(job: Job, mesh: Mesh) -> float | None:
+    """The same of a train step that scans; None where even short models do not fit."""
 
     def measure(config: ModelConfig) -> float:
         # Without a loop over layers, of which XLA would count one turn.
         options = dataclasses.replace(job.options, scan=False)
         program = _program(dataclasses.replace(job, config=config, options=options), mesh)
-        lowered = program.function.lower(*program.arguments)
-        return aot.compile_program(lowered).flops * job.topology.num_chips
+        traced = program.function.trace(*program.arguments)
+        return _xla_flops(job, mesh, traced, aot.compile_program(traced.lower()))
 
     try:
         return extrapolate(job.config, segments(job.config), measure)
@@ -499,7 +517,12 @@ def estimate_memory(job: Job) -> int:
 
 def _mesh_of_no_devices(job: Job) -> AbstractMesh:
     shape = tuple(job.sizes[axis] for axis in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return AbstractMesh(
+        shape,
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        abstract_device=AbstractDevice("TPU", num_cores=None, platform="tpu"),
+    )
 
 
 def _extrapolated(job: Job) -> Plan:

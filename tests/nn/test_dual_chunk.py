@@ -10,7 +10,6 @@ import pytest
 
 from qwen_jax.config import DualChunkSpec
 from qwen_jax.nn import attend as attend_file
-from qwen_jax.nn import dual_chunk
 from qwen_jax.nn.attend import Mask, attend
 from qwen_jax.nn.dual_chunk import (
     chunks,
@@ -19,6 +18,7 @@ from qwen_jax.nn.dual_chunk import (
     length_scale,
     query_positions,
 )
+from qwen_jax.nn.kernels import choose
 
 SPEC = DualChunkSpec(chunk_size=12, local_size=4)
 # Also: nothing exact across the edge of a chunk, and chunks shorter than that.
@@ -150,7 +150,7 @@ def test_the_first_chunk_costs_one_branch(T, branches, monkeypatch):
         jax.debug.callback(lambda: ran.append(1))
         return attend(*arguments)
 
-    monkeypatch.setattr(dual_chunk, "attend", counted)
+    monkeypatch.setattr(choose, "attend", counted)
     q, k, v = random_qkv(np.random.default_rng(3), T)
     numbers = chunks(SPEC, in_order(T))
     function = jax.jit(lambda *x: dual_chunk_attend(*x, in_order(T), None, numbers, numbers))

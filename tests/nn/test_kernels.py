@@ -1,5 +1,6 @@
 """Kernels of accelerators against `attend`, in Pallas's interpreter, and compiled for TPUs."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as rag
 from qwen_jax.nn.attend import Mask, Relation, attend, gradients_of_part
 from qwen_jax.nn.cache import write_slots
 from qwen_jax.nn.kernels import paged, splash
-from qwen_jax.nn.kernels.choose import Choice, best_method
+from qwen_jax.nn.kernels.choose import Choice, Kernels
 from qwen_jax.nn.kernels.cudnn import cudnn_attend, why_not_cudnn
 from qwen_jax.nn.kernels.paged import (
     PAGE,
@@ -465,24 +466,26 @@ def test_cudnn_is_called_with_the_mask(kind, mask_type, window):
     assert f"sliding_window_length\\22: {window}" in text
 
 
-def test_the_best_method_is_the_platforms_kernel_where_it_can():
+def test_the_platforms_kernel_is_chosen_where_it_can():
     q, k = (jax.ShapeDtypeStruct((2, 512, h, 128), jnp.bfloat16) for h in (16, 8))
     few = jax.ShapeDtypeStruct((2, 1, 16, 128), jnp.bfloat16)
     slots = np.zeros((2, 1), np.int32)
     simple, padded = Mask(slots), Mask(slots, slots)
-    ordered = functools.partial(best_method, in_order=True, compute_capability=9.0)
-    assert ordered("tpu", q, k, simple) == Choice("splash")
-    assert ordered("tpu", q, k, padded, needs_lse=True) == Choice("splash")
-    assert ordered("gpu", q, k, simple) == Choice("cudnn")
-    assert ordered("gpu", q, k, padded, padding_last=True) == Choice("cudnn")
+    tpu, gpu = Kernels("tpu"), Kernels("gpu", 9.0, in_order=True)
+    only_out = {"needs_lse": False}
+    assert tpu.choose(q, k, simple) == Choice("splash")
+    assert tpu.choose(q, k, padded) == Choice("splash")
+    assert gpu.choose(q, k, simple, **only_out) == Choice("cudnn")
+    last = dataclasses.replace(gpu, padding_last=True)
+    assert last.choose(q, k, padded, **only_out) == Choice("cudnn")
     reasons = {
-        "no kernel for cpu": ordered("cpu", q, k, simple),
-        "do not fill": ordered("tpu", few, k, simple),
-        "gaps": ordered("tpu", q, k, simple.replace(key_slots=slots)),
-        "before tokens": ordered("gpu", q, k, padded),
-        "rounded": ordered("gpu", q, k, simple, needs_lse=True),
-        "places": best_method("gpu", q, k, simple, compute_capability=9.0),
-        "below 8.0": best_method("gpu", q, k, simple, in_order=True),
+        "no kernel for cpu": Kernels().choose(q, k, simple),
+        "do not fill": tpu.choose(few, k, simple),
+        "gaps": tpu.choose(q, k, simple.replace(key_slots=slots)),
+        "before tokens": gpu.choose(q, k, padded, **only_out),
+        "rounded": gpu.choose(q, k, simple),
+        "places": Kernels("gpu", 9.0).choose(q, k, simple, **only_out),
+        "below 8.0": Kernels("gpu", in_order=True).choose(q, k, simple, **only_out),
     }
     for words, choice in reasons.items():
         assert choice.method == "auto" and words in choice.reason

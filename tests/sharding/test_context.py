@@ -24,6 +24,8 @@ from qwen_jax.nn.cache import write_slots
 from qwen_jax.nn.delta_rule import causal_conv, gated_delta_rule, segment_starts
 from qwen_jax.nn.delta_shards import sharded_causal_conv, sharded_delta_rule
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
+from qwen_jax.nn.kernels import choose
+from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 from qwen_jax.nn.ring import (
     cache_attend,
     context_attend,
@@ -194,13 +196,16 @@ def unsharded(queries, k, v, mask, scale):
     )
 
 
-def sharded(mesh, method):
+def sharded(mesh, method, kernels=PLAIN):
     """A function of what `random_case` returns."""
 
     def function(queries, k, v, mask, scale):
         arguments = laid_out((queries, k, v, mask, scale), mesh)
         masks = axes_of(mask, "BT", "BT")
-        call = functools.partial(context_attend, method=method, relations=relations_of(mask))
+        relations = relations_of(mask)
+        call = functools.partial(
+            context_attend, method=method, relations=relations, kernels=kernels
+        )
         mapped = on_mesh(call, mesh, ("BTH", "BTH", "BTH", masks, "BT"), "BTH")
         return in_order(mapped(*arguments), mesh)
 
@@ -240,6 +245,30 @@ def truth(kind):
 )
 def attention_and_gradients(mesh, method, kind):
     all_close(out_and_gradients(sharded(mesh, method), *random_case(KINDS[kind])), truth(kind))
+
+
+@case(
+    ("ring", "all of one softmax"),
+    ("ring", "padded dual chunk"),
+    ("gather", "padded dual chunk"),
+)
+def attention_and_gradients_by_kernels(method, kind):
+    """By those of TPUs in the interpreter, which want 128 queries and slots that follow on."""
+    parts = {
+        "all of one softmax": ("padding", "segments", "window", "scale"),
+        "padded dual chunk": ("padding", "dual", "scale"),
+    }[kind]
+    arguments = random_case(parts, 256)
+    kernels = Kernels("tpu", interpret=True)
+    ran = []
+    splash_attend = choose.splash_attend
+    choose.splash_attend = lambda *a, **b: ran.append(1) or splash_attend(*a, **b)
+    try:
+        got = out_and_gradients(sharded("context:2", method, kernels), *arguments)
+    finally:
+        choose.splash_attend = splash_attend
+    assert ran
+    all_close(got, out_and_gradients(unsharded, *arguments))
 
 
 @case(*((method, kind) for method in METHODS for kind in ("causal", "dual chunk")))
@@ -389,7 +418,8 @@ def zigzag_shares_the_work_out_evenly():
         queries, k, v, mask, scale = random_case((), 128)
         arguments = jax.tree.map(lambda x: x[:, layout], (queries, k, v, mask, scale))
         in_axes = "BTH", "BTH", "BTH", axes_of(mask, "BT", "BT"), "BT"
-        out = jax.jit(on_mesh(context_attend, "context:8", in_axes, "BTH"))(*arguments)
+        ring = functools.partial(context_attend, method="ring")
+        out = jax.jit(on_mesh(ring, "context:8", in_axes, "BTH"))(*arguments)
         jax.block_until_ready(out)
         jax.effects_barrier()
         return tiles.tolist()

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from configs.models import get_preset
 from qwen_jax.config import HeadKind, LayerKind, ModelConfig
 from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.nn.attend import Mask, attend
 from qwen_jax.nn.cache import init_cache
+from qwen_jax.nn.kernels.paged import init_pages, paged_attend
+from qwen_jax.nn.kernels.splash import splash_attend
 from qwen_jax.nn.moe import Dispatch
 from qwen_jax.sharding.flops import analytic_flops, count_flops, extrapolate, seen_pairs
 from qwen_jax.training.layers import segments
@@ -159,3 +163,49 @@ def test_figures_extrapolate_over_patterns_that_repeat():
         np.testing.assert_allclose(
             extrapolate(each, segments(each), figure), figure(each), rtol=1e-12
         )
+
+
+def test_kernels_take_the_products_of_the_function_that_they_stand_for():
+    q, k = (jnp.zeros((2, 256, heads, 128)) for heads in (4, 2))
+    mask = Mask(jnp.tile(jnp.arange(256), (2, 1)))
+
+    def count(function, *arguments, **options):
+        return count_flops(jax.make_jaxpr(function)(*arguments), **options)
+
+    def plain(q, k, v):
+        return attend(q, k, v, mask, method="plain")[0].sum()
+
+    forward = count(plain, q, k, k)
+    for in_order in (True, False):
+
+        def by_kernel(q, k, v, in_order=in_order):
+            return splash_attend(q, k, v, mask, in_order=in_order)[0].sum()
+
+        assert count(by_kernel, q, k, k) == forward
+        assert count(by_kernel, q, k, k, seen=0.75) == 0.75 * forward
+        assert count(by_kernel, q, k, k, only_kernels=True) == forward
+        # A gradient has 4 products for the 2 of the forward pass; the kernels, which keep no
+        # scores, compute two of theirs twice more, and one once more.
+        assert count(jax.grad(plain, (0, 1, 2)), q, k, k) == 3 * forward
+        assert count(jax.grad(by_kernel, (0, 1, 2)), q, k, k) == 4.5 * forward
+    assert count(plain, q, k, k, only_kernels=True) == 0
+
+
+def test_decoding_over_pages_takes_the_products_of_all_slots():
+    q, k = jnp.zeros((2, 1, 4, 128)), jnp.zeros((2, 512, 2, 128))
+    slots = jnp.zeros((2, 1), jnp.int32)
+    pages = init_pages(2, 512, 2, 128, jnp.float32)
+    kernel = jax.make_jaxpr(lambda q, pages: paged_attend(q, pages, slots, 2))(q, pages)
+    plain = jax.make_jaxpr(lambda q, k: attend(q, k, k, Mask(slots))[0])(q, k)
+    assert count_flops(kernel) == count_flops(plain) > 0
+
+
+def test_a_kernel_that_is_not_known_is_named():
+    def double(x):
+        def kernel(x_ref, y_ref):
+            y_ref[...] = 2 * x_ref[...]
+
+        return pl.pallas_call(kernel, out_shape=x, name="doubling")(x)
+
+    with pytest.raises(ValueError, match="kernel doubling takes is not known"):
+        count_flops(jax.make_jaxpr(double)(jnp.zeros(8)))

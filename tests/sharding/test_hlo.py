@@ -214,3 +214,19 @@ def test_a_scan_over_layers_cut_along_two_axes_has_the_collectives_it_must_have(
     assert {c.kind for c in sums} <= {"all-reduce", "reduce-scatter", "all-gather"}
     assert any("mlp" in c.op_name for c in sums)
     assert all(c.is_counted for c in found)
+
+
+def test_what_a_kernel_notes_of_itself_may_have_lines_of_its_own():
+    module = hlo.read_module(
+        """HloModule jit_f, entry_computation_layout={()->f32[]}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %kernel = f32[8]{0} custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 512, \\"window\\": null}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+}
+"""
+    )
+    assert module.entry.root.opcode == "custom-call"
+    assert module.entry.root.op_name == "jit(f)/pallas_call"

@@ -1,19 +1,20 @@
-"""Which function computes a call of attention: a kernel where one can, else `attend` itself."""
+"""Attention by the device's kernel where one can, else by `attend` itself."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from qwen_jax.nn.attend import Mask
-from qwen_jax.nn.kernels.cudnn import why_not_cudnn
+from qwen_jax.nn.attend import Mask, attend, gradients_of_part
+from qwen_jax.nn.kernels.cudnn import cudnn_attend, why_not_cudnn
 from qwen_jax.nn.kernels.mosaic import LANES
-from qwen_jax.nn.kernels.splash import why_not_splash
+from qwen_jax.nn.kernels.splash import splash_attend, splash_gradients_of_part, why_not_splash
+from qwen_jax.sharding.axes import Layout
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A function for a call of attention.
+class Choice(NamedTuple):
+    """What computes a call of attention.
 
     Attributes:
       method: "splash" and "cudnn" are `splash_attend` and `cudnn_attend`; "auto" is `attend`,
@@ -25,40 +26,99 @@ class Choice:
     reason: str | None = None
 
 
-def best_method(
-    platform: str,
-    q: jax.Array | jax.ShapeDtypeStruct,
-    k: jax.Array | jax.ShapeDtypeStruct,
-    mask: Mask,
-    in_order: bool = False,
-    keys_in_order: bool = False,
-    padding_last: bool = False,
-    needs_lse: bool = False,
-    compute_capability: float = 0.0,
-) -> Choice:
-    """The function for a call, from what is known before it runs.
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels of a device, and what is known of a call's arrays before it runs.
 
-    Args:
+    Attributes:
       platform: "cpu", "gpu" or "tpu".
-      q, k: [B, T, H, d] and [B, S, K, d] on one device; only shapes and dtypes are read.
-      mask: of the call; what is there and what is not is read, and no numbers.
-      in_order: whether in every row query t and key t stand at slot t.
-      keys_in_order: whether slots of keys follow each other and their groups do not decrease.
-      padding_last: whether in every row the keys that are no tokens come after all that are.
-      needs_lse: whether the log-sum-exp is used.
       compute_capability: of a GPU, such as 8.0 or 9.0.
+      in_order: whether in every row query t and key t stand at slot t.
+      keys_in_order: whether slots of keys follow each other, in every row.
+      padding_last: whether in every row the keys that are no tokens come after all that are.
+      interpret: whether to run TPU kernels in Pallas's interpreter, as without a TPU.
     """
-    T, S, d = q.shape[1], k.shape[1], q.shape[-1]
-    if platform == "tpu":
-        kernel, reason = "splash", why_not_splash(T, S, q.dtype, mask, keys_in_order)
-        if T < LANES:
-            reason = f"{T} queries do not fill a register"
-    elif platform == "gpu":
-        kernel, reason = "cudnn", why_not_cudnn(T, d, q.dtype, mask, in_order, compute_capability)
-        if mask.key_valid is not None and not padding_last:
-            reason = "padding may come before tokens"
-        if needs_lse:
-            reason = "the log-sum-exp would be rounded to 16 bits"
-    else:
-        return Choice("auto", f"there is no kernel for {platform}")
-    return Choice("auto", reason) if reason else Choice(kernel)
+
+    platform: str = "cpu"
+    compute_capability: float = 0.0
+    in_order: bool = False
+    keys_in_order: bool = False
+    padding_last: bool = False
+    interpret: bool = False
+
+    def choose(
+        self,
+        q: jax.Array | jax.ShapeDtypeStruct,
+        k: jax.Array | jax.ShapeDtypeStruct,
+        mask: Mask,
+        needs_lse: bool = True,
+    ) -> Choice:
+        """What computes a call.
+
+        Args:
+          q, k: [B, T, H, d] and [B, S, K, d] on one device; only shapes and dtypes are read.
+          mask: of the call; what is there and what is not is read, and no numbers.
+          needs_lse: whether the log-sum-exp is used.
+        """
+        T, S, d = q.shape[1], k.shape[1], q.shape[-1]
+        if self.platform == "tpu":
+            kernel, reason = "splash", why_not_splash(T, S, q.dtype, mask, self.keys_in_order)
+            if T < LANES:
+                reason = f"{T} queries do not fill a register"
+        elif self.platform == "gpu":
+            kernel = "cudnn"
+            reason = why_not_cudnn(T, d, q.dtype, mask, self.in_order, self.compute_capability)
+            if mask.key_valid is not None and not self.padding_last:
+                reason = "padding may come before tokens"
+            if needs_lse:
+                reason = "the log-sum-exp would be rounded to 16 bits"
+        else:
+            return Choice("auto", f"there is no kernel for {self.platform}")
+        return Choice("auto", reason) if reason else Choice(kernel)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: jax.Array | float | None = None,
+        otherwise: Literal["auto", "blockwise"] = "auto",
+        dtype: jnp.dtype | None = None,
+        needs_lse: bool = True,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """`attend`, by the method `otherwise` where no kernel can; None for a sum not needed."""
+        match self.choose(q, k, mask, needs_lse).method:
+            case "splash":
+                return splash_attend(q, k, v, mask, scale, dtype, **self._promises)
+            case "cudnn":
+                return cudnn_attend(q, k, v, mask, scale, self.in_order), None
+            case _:
+                return attend(q, k, v, mask, scale, otherwise, dtype)
+
+    def gradients_of_part(self, q, k, v, mask: Mask, scale, results, cotangents):
+        """`nn.attend.gradients_of_part`."""
+        arguments = q, k, v, mask, scale, results, cotangents
+        if self.choose(q, k, mask).method == "splash":
+            return splash_gradients_of_part(*arguments, **self._promises)
+        return gradients_of_part(*arguments)
+
+    @property
+    def _promises(self) -> dict[str, bool]:
+        return {
+            "in_order": self.in_order,
+            "keys_in_order": self.keys_in_order,
+            "interpret": self.interpret,
+        }
+
+
+# None of them: `attend` itself.
+PLAIN = Kernels()
+
+
+def kernels_on(layout: Layout | None) -> Kernels:
+    """Those of the devices that a call runs on; None for JAX's default one."""
+    if layout is not None and layout.platform != "gpu":
+        return Kernels(layout.platform)
+    device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
+    return Kernels(device.platform, float(getattr(device, "compute_capability", 0)))

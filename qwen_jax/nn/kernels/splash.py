@@ -100,7 +100,8 @@ def splash_attend(
       in_order: promises that in every row query t and key t stand at slot t, which lets one kernel
         take all rows.
       keys_in_order: promises that in every row each key's slot is one more than that of the key
-        before, and its group no smaller.
+        before. Where older groups are asked for, a query that may see a key of a smaller group
+        than one before it gets NaN.
       interpret: run in Pallas's interpreter, as without a TPU.
 
     Returns:
@@ -115,6 +116,8 @@ def splash_attend(
     out, lse = _map_rows(functools.partial(_attend_row, options), arrays, in_order)
     out = einops.rearrange(out, "B H T d -> B T H d")[:, :T]
     lse = einops.rearrange(lse, "B H T -> B T H")[:, :T]
+    if mask.relation is Relation.OLDER:
+        out = jnp.where(_meets_falling_groups(mask)[..., None, None], jnp.nan, out)
     return out.astype(q.dtype if dtype is None else dtype), lse
 
 
@@ -195,11 +198,25 @@ def _describe(mask: Mask, T: int, S: int, in_order: bool) -> _Seen:
     if mask.relation is Relation.OLDER:
         nearest, _ = mask.relation.value
         find = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
-        older = find(jax.lax.cummax(mask.key_groups, axis=1), mask.query_groups - nearest)
+        so_far = jax.lax.cummax(mask.key_groups, axis=1)
+        older = find(so_far, mask.query_groups - nearest)
         last = jnp.minimum(last, older - 1)
     if mask.key_valid is not None:
         key_ids = jnp.where(mask.key_valid, key_ids, _NO_KEY)
     return _Seen(last.astype(jnp.int32), query_ids, key_ids, None)
+
+
+def _meets_falling_groups(mask: Mask) -> jax.Array:
+    """bool [B, T], queries that may see a key with a smaller group than one before it."""
+    falls = mask.key_groups < jax.lax.cummax(mask.key_groups, axis=1)
+    if mask.key_valid is not None:
+        falls &= mask.key_valid
+    first = jnp.argmax(falls, axis=1, keepdims=True)
+    first = jnp.where(falls.any(axis=1, keepdims=True), first, falls.shape[1])
+    if mask.key_slots is not None:
+        return (first < falls.shape[1]) & (mask.query_slots >= first + mask.key_slots[:, :1])
+    # Slots past the end are padding, before which a cache has keys of nothing.
+    return (mask.query_slots >= first) & (mask.query_slots < falls.shape[1])
 
 
 def _useful_blocks(options: _Options, last: jax.Array, S: int, ids) -> jax.Array:
