@@ -16,7 +16,6 @@ from qwen_jax.models.heads import GuardHead, MtpHead, mtp_config
 from qwen_jax.models.layer import (
     CompiledLinear,
     CompiledNorm,
-    LayerCache,
     compiled_layer,
     norm_of,
 )
@@ -31,7 +30,8 @@ from qwen_jax.models.placement import (
     tokens_of_cache,
 )
 from qwen_jax.nn.attention import Tokens
-from qwen_jax.nn.cache import Cache, KeyValues, cache_shardings
+from qwen_jax.nn.cache import Cache, LayerCache, cache_shardings
+from qwen_jax.nn.delta_rule import DeltaState
 from qwen_jax.nn.linear import fetch_param, linear
 from qwen_jax.nn.moe import Dispatch, Routing
 from qwen_jax.nn.rope import inverse_frequencies
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = cache.replace(layers=layers)
             if self.mesh is not None:
-                places = cache_shardings(config, self.mesh)
+                places = cache_shardings(config, self.mesh, cache)
                 cache = jax.lax.with_sharding_constraint(cache, places)
 
         def own(x: jax.Array) -> jax.Array:
@@ -343,7 +343,7 @@ class Decoder(nn.Module):
             tokens = tokens_of_cache(config, layout, cache, longest)
             x = _embed(decoder.embed_tokens(), cache.ids, layout)
             layers = tuple(
-                layer if isinstance(layer, KeyValues) else jax.tree.map(jnp.zeros_like, layer)
+                jax.tree.map(jnp.zeros_like, layer) if isinstance(layer, DeltaState) else layer
                 for layer in cache.layers
             )
             return cache.replace(layers=decoder._run_layers(x, tokens, layers)[1])

@@ -11,7 +11,7 @@ from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.layer import CompiledLinear, CompiledNorm, norm_of
 from qwen_jax.nn.attention import Tokens
-from qwen_jax.nn.cache import Cache, KeyValues, init_cache
+from qwen_jax.nn.cache import AttentionCache, Cache, init_cache
 from qwen_jax.nn.moe import Dispatch, Routing
 
 
@@ -68,9 +68,9 @@ class MtpHead(nn.Module):
         embedded: jax.Array,
         hidden: jax.Array,
         tokens: Tokens,
-        cache: KeyValues | None,
+        cache: AttentionCache | None,
         step: int,
-    ) -> tuple[jax.Array, KeyValues | None, Routing | None]:
+    ) -> tuple[jax.Array, AttentionCache | None, Routing | None]:
         """[B, T, D] twice -> [B, T, D], the layer's new cache and its routing."""
         both = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(jnp.concatenate(both, axis=-1))

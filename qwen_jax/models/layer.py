@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.attention import Attention, Tokens
-from qwen_jax.nn.cache import KeyValues
-from qwen_jax.nn.delta_rule import DeltaState
+from qwen_jax.nn.cache import LayerCache
 from qwen_jax.nn.gated_delta_net import GatedDeltaNet
 from qwen_jax.nn.linear import Linear
 from qwen_jax.nn.mlp import SwiGLU
@@ -18,8 +17,6 @@ from qwen_jax.nn.moe import Dispatch, Routing
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.sparse_moe import SparseMoe
 from qwen_jax.sharding.axes import HIDDEN, constrain, gather
-
-LayerCache = KeyValues | DeltaState
 
 
 class DecoderLayer(nn.Module):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.attend import Mask
-from qwen_jax.nn.cache import KeyValues, write_slots
+from qwen_jax.nn.cache import AttentionCache, KeyValues, key_value_axes, write_slots
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
 from qwen_jax.nn.kernels.choose import Kernels, kernels_on
+from qwen_jax.nn.kernels.paged import PagedKeyValues, paged_attend, read_pages, write_pages
 from qwen_jax.nn.linear import Linear
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.ring import (
@@ -87,8 +88,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: Tokens, cache: KeyValues | None
-    ) -> tuple[jax.Array, KeyValues | None]:
+        self, x: jax.Array, tokens: Tokens, cache: AttentionCache | None
+    ) -> tuple[jax.Array, AttentionCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this call's tokens in it."""
         config, d = self.config, self.config.head_dim
 
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         )
         return output(out), cache
 
-    def _attend(self, q, k, v, tokens: Tokens, cache: KeyValues | None):
+    def _attend(self, q, k, v, tokens: Tokens, cache: AttentionCache | None):
         """Rotates and attends, each device on its own rows and heads."""
         config = self.config
         dual = tokens.dual_chunk if self.kind is LayerKind.FULL_ATTENTION else None
@@ -131,7 +132,8 @@ class Attention(nn.Module):
             queries, chunks, scale = (q,), None, None
         window = config.sliding_window if self.kind is LayerKind.SLIDING_ATTENTION else None
         layout = tokens.layout
-        heads, caches = (*TOKENS, "heads", None), ("batch", "slots", "heads", None)
+        heads = (*TOKENS, "heads", None)
+        caches = None if cache is None else key_value_axes(cache)
         keys = TOKENS if cache is None else ("batch", "slots")
         kernels = dataclasses.replace(
             kernels_on(layout), in_order=cache is None and tokens.places is None, keys_in_order=True
@@ -164,8 +166,8 @@ def _enter_and_attend(
     segments: jax.Array | None,
     chunks: tuple[jax.Array, jax.Array] | None,
     scale: jax.Array | None,
-    cache: KeyValues | None,
-) -> tuple[jax.Array, KeyValues | None]:
+    cache: AttentionCache | None,
+) -> tuple[jax.Array, AttentionCache | None]:
     """Enters keys and values into the cache, if there is one, and attends over what is there.
 
     Args:
@@ -177,17 +179,23 @@ def _enter_and_attend(
       slots, key_valid, segments: as `Tokens` has them.
       chunks: of the queries and of the keys.
       scale: float32 [B, T]; None for the default one.
-      cache: [B, S, K, d].
+      cache: with arrays [B, S, K, d], or pages, of which one token reads those filled only.
     """
+    q = queries[0]
     # Where no mesh cuts the texts key s stands at slot s.
     key_slots = slots if length_cut else None
-    if cache is not None:
+    if isinstance(cache, PagedKeyValues):
+        cache = write_pages(cache, slots, k, v)
+        if slots.shape[1] == 1 and q.dtype == cache.pages.dtype:
+            return paged_attend(q, cache, slots, k.shape[2], window, scale), cache
+        k, v = (x.astype(q.dtype) for x in read_pages(cache, *k.shape[2:]))
+    elif cache is not None:
         write = write_slots
         if slots_cut:
             write = write_travelling_slots if length_cut else write_own_slots
             write = functools.partial(write, axis_name=CONTEXT)
         cache = KeyValues(write(cache.keys, slots, k), write(cache.values, slots, v))
-        k, v = (x.astype(queries[0].dtype) for x in (cache.keys, cache.values))
+        k, v = (x.astype(q.dtype) for x in (cache.keys, cache.values))
         if length_cut:
             own = first_slot(k, CONTEXT) + jnp.arange(k.shape[1], dtype=jnp.int32)
             key_slots = jnp.broadcast_to(own, k.shape[:2])

@@ -173,10 +173,11 @@ def _program(job: Job, mesh: Mesh | AbstractMesh) -> _Program:
         parameter_shapes(config),
         parameter_shardings(config, mesh, parameter_shapes(config)),
     )
+    cache = jax.eval_shape(lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh))
     cache = jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
-        jax.eval_shape(lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh)),
-        cache_shardings(config, mesh),
+        cache,
+        cache_shardings(config, mesh, cache),
     )
     parts = {"parameters": params, "cache": cache}
     row = functools.partial(_abstract, (job.batch,), mesh=mesh)

@@ -142,6 +142,7 @@ needs_libtpu = pytest.mark.skipif(not aot.has_compiler(), reason="needs libtpu")
     [
         (WIDE, "train", "fsdp:2,tensor:2"),
         (WIDE, "train", "context:2,tensor:2"),
+        (WIDE, "decode", "data:2,tensor:2"),
         (WIDER, "prefill", "data:2,tensor:2"),
         (
             dataclasses.replace(WIDE, dual_chunk=DualChunkSpec(768, 256, 512)),
@@ -149,7 +150,7 @@ needs_libtpu = pytest.mark.skipif(not aot.has_compiler(), reason="needs libtpu")
             "context:4",
         ),
     ],
-    ids=["train", "train over context", "prefill of wide heads", "prefill in chunks"],
+    ids=["train", "train over context", "decode", "prefill of wide heads", "prefill in chunks"],
 )
 def test_models_compile_for_tpus_with_kernels(config, mode, mesh, monkeypatch):
     monkeypatch.setattr(ring, "_MOST_GATHERED", 0)
@@ -173,9 +174,13 @@ def test_models_compile_for_tpus_with_kernels(config, mode, mesh, monkeypatch):
     )
     plan = compile_plan(job, with_xla_flops=False)
     assert plan.fits
-    phases = ("fwd", "dq", "dkv") if mode == "train" else ("fwd",)
-    for phase in phases:
-        assert f"splash_mha_{phase}" in texts[0]
+    kernels = {
+        "train": ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"),
+        "prefill": ("splash_mha_fwd",),
+        "decode": ("ragged_paged_attention",),
+    }
+    for kernel in kernels[mode]:
+        assert kernel in texts[0]
     # No scores of all queries and all keys.
     assert "2048,2048]" not in texts[0]
 

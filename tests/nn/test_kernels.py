@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 
 from qwen_jax.nn.attend import Mask, Relation, attend, gradients_of_part
 from qwen_jax.nn.cache import write_slots
-from qwen_jax.nn.kernels import paged, splash
+from qwen_jax.nn.kernels import splash
 from qwen_jax.nn.kernels.choose import Choice, Kernels
 from qwen_jax.nn.kernels.cudnn import cudnn_attend, why_not_cudnn
 from qwen_jax.nn.kernels.paged import (
@@ -246,49 +244,6 @@ def test_splash_says_why_it_cannot():
     q, k, v = random_qkv(np.random.default_rng(5), 1, 1, B=1)
     with pytest.raises(ValueError, match="may have gaps"):
         splash_attend(q, k, v, Mask(slots, key_slots=slots))
-
-
-class Loaded:
-    """What a kernel reads of a buffer, where the interpreter has no reshaped buffers."""
-
-    def __init__(self, values):
-        self.values, self.dtype, self.shape = values, values.dtype, values.shape
-
-    def reshape(self, *shape):
-        return Loaded(self.values.reshape(*shape))
-
-    def bitcast(self, dtype):
-        return Loaded(pltpu.bitcast(self.values, dtype))
-
-    def __getitem__(self, index):
-        return self.values[index]
-
-
-@pytest.fixture
-def interpreter():
-    """Runs the paged kernel without a TPU, around two things that the interpreter has not.
-
-    They are reading a buffer in another shape, and storing a part of one under a mask.
-    """
-    copy = ragged.MultiPageAsyncCopyDescriptor
-    wait = copy.wait
-
-    def store(ref, values, mask):
-        ref[...] = jnp.where(mask, values, ref[...])
-
-    with (
-        mock.patch.object(copy, "wait", lambda self: Loaded(wait(self)[...])),
-        mock.patch.object(ragged.pltpu, "store", store),
-        pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
-    ):
-        yield
-
-
-@pytest.fixture
-def small_pages(monkeypatch):
-    monkeypatch.setattr(paged, "PAGE", 8)
-    monkeypatch.setattr(paged, "_KEYS", 16)
-    monkeypatch.setattr(paged, "_QUERIES", 4)
 
 
 # What four rows of a cache hold before a call, and the call's tokens: True for those that are real.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax.nn import ring
 from qwen_jax.nn.cache import init_cache
 from qwen_jax.sharding import axes
 from tests.sharding.models import CONFIGS, one_device, random_batch
@@ -18,6 +19,13 @@ MESHES = {
     "hybrid": ["fsdp:2,tensor:4", "expert:2,context:4"],
 }
 CASES = [(model, mesh) for model, meshes in MESHES.items() for mesh in meshes]
+
+
+@pytest.fixture(autouse=True)
+def dense_models_pass_keys_round_the_ring(request, monkeypatch):
+    """So few are gathered otherwise, which the hybrid shows."""
+    if "name" in request.fixturenames and request.getfixturevalue("name") == "dense":
+        monkeypatch.setattr(ring, "_MOST_GATHERED", 0)
 
 
 def run(model, params, ids, mask):
