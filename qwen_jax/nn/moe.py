@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.errors import UserError
+from qwen_jax.nn.kernels.mosaic import kernel_precision
 from qwen_jax.nn.linear import as_dense, linear
 
 # One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
@@ -85,7 +86,7 @@ def route(x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None
         logits=logits,
         experts=experts,
         weights=weights.astype(logits.dtype),
-        counts=_count(counted, spec.num_experts),
+        counts=count_choices(counted, spec.num_experts),
         dropped=jnp.zeros((), jnp.int32),
     )
 
@@ -184,7 +185,7 @@ def _feed_forward(x: jax.Array, expert: Mapping[str, Leaf]) -> jax.Array:
     return linear(hidden, expert["down_proj"])
 
 
-def _count(experts: jax.Array, E: int) -> jax.Array:
+def count_choices(experts: jax.Array, E: int) -> jax.Array:
     """How often each of E experts occurs; int32, since bfloat16 and float32 stop counting."""
     return jnp.zeros(E, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
@@ -193,13 +194,13 @@ def _places(experts: jax.Array, E: int) -> jax.Array:
     """How many choices before this one, in the order of the array, are of the same expert."""
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    sizes = _count(flat, E)
+    sizes = count_choices(flat, E)
     first = (jnp.cumsum(sizes) - sizes)[flat[order]]
     places = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) - first)
     return places.reshape(experts.shape)
 
 
-def _weigh(outputs: jax.Array, weights: jax.Array) -> jax.Array:
+def weigh_outputs(outputs: jax.Array, weights: jax.Array) -> jax.Array:
     """float32 sum over the k outputs [N, k, D] of each token."""
     return jnp.sum((outputs * weights[..., None]).astype(jnp.float32), axis=1)
 
@@ -213,7 +214,7 @@ def _run_all(
     outputs = jax.vmap(_feed_forward, out_axes=1)(copies, experts)
     # A token's k experts differ, so the sum only puts each weight in its place.
     combine = jnp.sum(jax.nn.one_hot(chosen, E, dtype=x.dtype) * weights[..., None], axis=1)
-    return _weigh(outputs, combine)
+    return weigh_outputs(outputs, combine)
 
 
 def _run_ragged(
@@ -221,10 +222,12 @@ def _run_ragged(
 ) -> jax.Array:
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    sizes = _count(flat, E)
+    sizes = count_choices(flat, E)
 
     def multiply(rows: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, jnp.swapaxes(weight, 1, 2), sizes)
+        # On TPUs it is a kernel.
+        with kernel_precision(rows.dtype):
+            return jax.lax.ragged_dot(rows, jnp.swapaxes(weight, 1, 2), sizes)
 
     rows = x[order // chosen.shape[1]]
     hidden = nn.silu(multiply(rows, experts["gate_proj"])) * multiply(rows, experts["up_proj"])
@@ -232,7 +235,7 @@ def _run_ragged(
     # Rows beyond the last group belong to no expert.
     outputs = jnp.where((flat[order] < E)[:, None], outputs, 0)
     back = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return _weigh(back.reshape(*chosen.shape, -1), weights)
+    return weigh_outputs(back.reshape(*chosen.shape, -1), weights)
 
 
 def _run_buffers(
@@ -248,7 +251,7 @@ def _run_buffers(
     buffers = jnp.zeros((E, capacity, x.shape[-1]), x.dtype)
     buffers = buffers.at[chosen, places].set(x[tokens], mode="drop")
     outputs = jax.vmap(_feed_forward)(buffers, experts)
-    return _weigh(outputs.at[chosen, places].get(mode="fill", fill_value=0), weights)
+    return weigh_outputs(outputs.at[chosen, places].get(mode="fill", fill_value=0), weights)
 
 
 @flax.struct.dataclass
@@ -270,7 +273,7 @@ class _Blocks:
 
 def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     flat = chosen.reshape(-1)
-    sizes = _count(flat, E)
+    sizes = count_choices(flat, E)
     ends = jnp.cumsum(sizes)
     blocks = -(-sizes // size)
     block_ends = jnp.cumsum(blocks)

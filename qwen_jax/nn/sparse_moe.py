@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
+from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.linear import Linear, fetch_param
 from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.moe import (
@@ -23,7 +24,7 @@ from qwen_jax.nn.moe import (
     route,
 )
 from qwen_jax.nn.quantized import QuantizedWeight
-from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
+from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, num_shards, on_shards
 
 
 class SparseMoe(nn.Module):
@@ -136,14 +137,23 @@ def _mix_on_shards(
 ) -> jax.Array:
     """`mix_experts` where the experts are shared out.
 
-    Each device runs its experts on the tokens of all devices that it shares them with, and each
-    token's home sums what they made of it. Nothing is dropped, whatever the load.
+    Either each device runs its experts on the tokens of all devices that it shares them with, and
+    each token's home sums what they made of it; or, on TPUs, each token goes to its experts alone.
+    Nothing is dropped, whatever the load.
     """
     if layout is None:
         return mix_experts(x, routing, experts, method, capacity)
     sharing, parts = layout.axes_of("experts"), layout.axes_of("width")
+    exchanges = (
+        method is Dispatch.RAGGED
+        and layout.platform == "tpu"
+        and pays_to_exchange(num_shards(layout.mesh, "experts"), routing.experts.shape[-1])
+    )
 
     def shard(x, chosen, weights, experts):
+        if exchanges:
+            y = exchange_and_mix(x, chosen, weights, experts, sharing, method)
+            return jax.lax.psum(y, parts)
         if sharing:
             x, chosen, weights = (
                 jax.lax.all_gather(a, sharing, axis=0, tiled=True) for a in (x, chosen, weights)

@@ -113,7 +113,7 @@ def _head_flops(config: ModelConfig, positions: int) -> float:
 
 
 def count_flops(
-    jaxpr: Any, turns: float | None = None, seen: float = 1.0, only_kernels: bool = False
+    jaxpr: Any, turns: float | None = None, seen: float = 1.0, filled: float = 1.0
 ) -> float:
     """Operations of the matrix products in a traced program, loops and all devices included.
 
@@ -121,15 +121,14 @@ def count_flops(
       jaxpr: as `jax.make_jaxpr(function)(*arguments)` gives it.
       turns: how often a loop runs whose number of turns depends on data, on average.
       seen: the share of pairs of queries and keys for which an attention kernel computes scores.
-      only_kernels: whether to leave out what XLA counts, which looks into no kernel.
+      filled: the share of rows of a product over groups that belong to a group, on average.
 
     Raises:
       ValueError: there is a loop with a product in it that depends on data, and `turns` is None; or
         a kernel whose operations are not known.
     """
     return sum(
-        _equation_flops(equation, _Counting(turns, seen, only_kernels))
-        for equation in _open(jaxpr).eqns
+        _equation_flops(equation, _Counting(turns, seen, filled)) for equation in _open(jaxpr).eqns
     )
 
 
@@ -138,7 +137,7 @@ class _Counting(NamedTuple):
 
     turns: float | None
     seen: float
-    only_kernels: bool
+    filled: float
 
 
 def _equation_flops(equation: Any, how: _Counting) -> float:
@@ -148,13 +147,12 @@ def _equation_flops(equation: Any, how: _Counting) -> float:
     match name:
         case "pallas_call":
             return _kernel_flops(params["name"], operands, how.seen)
-        case "dot_general" | "ragged_dot_general" | "conv_general_dilated" if how.only_kernels:
-            return 0
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             return 2 * results[0].size * math.prod(operands[0].shape[i] for i in contracted)
         case "ragged_dot_general":
-            return _ragged_flops(params["ragged_dot_dimension_numbers"], operands, results[0])
+            numbers = params["ragged_dot_dimension_numbers"]
+            return how.filled * _ragged_flops(numbers, operands, results[0])
         case "conv_general_dilated":
             kernel = operands[1]
             out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -187,7 +185,7 @@ def _kernel_flops(name: str, operands: list[Any], seen: float) -> float:
     if name.startswith("ragged_paged"):
         # Each row's pages [B, P], queries [B, H, d], and all pages [B * P, page, 2 K, d].
         table, q, pages = (next(x for x in operands if x.ndim == n) for n in (2, 3, 4))
-        return 2 * found[0] * q.size * table.shape[1] * pages.shape[1]
+        return 2 * found[0] * q.size * table.shape[1] * pages.shape[1] * seen
     # Behind tables of integers, with an axis more where rows run together: [H, T, d], [K, S, d].
     q, k, *_ = (x for x in operands if jnp.issubdtype(x.dtype, jnp.floating))
     return 2 * found[0] * q.size * k.shape[-2] * seen

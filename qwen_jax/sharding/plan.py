@@ -25,6 +25,7 @@ from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.nn.cache import cache_shardings, init_cache
+from qwen_jax.nn.expert_exchange import pays_to_exchange
 from qwen_jax.nn.moe import choose_dispatch
 from qwen_jax.sharding import aot, hlo
 from qwen_jax.sharding.axes import (
@@ -107,8 +108,8 @@ class Plan:
         "temporaries" what it needs while it runs, "outputs" what it returns in memory of its own.
       flops_by_part: operations of all chips by part of the model, by formula.
       traced_flops: operations of all chips, counted over the traced program.
-      xla_flops: the same as XLA counts them, of a loop inside a layer one turn, and of kernels, in
-        which it sees nothing, as traced; extrapolated over layers.
+      xla_flops: the same as XLA counts them, of a loop inside a layer one turn; what it does not
+        see of kernels, and of rows that no expert has, as traced; extrapolated over layers.
       traffic: what goes between chips, the most first.
       counts_all: whether the number of turns of every loop with a collective in it is known.
       weight_reads: how often a step reads the weights from memory; of a decode step.
@@ -237,8 +238,20 @@ def _turns(job: Job, mesh: Mesh | AbstractMesh) -> float:
     return _seen(job) * blocks / num_shards(mesh, "length")
 
 
+def _filled(job: Job, mesh: Mesh | AbstractMesh) -> float:
+    """The share of rows at a device's experts that are tokens, if all experts have as many."""
+    shards = num_shards(mesh, "experts")
+    if job.config.moe is None or shards == 1:
+        return 1
+    k, own = job.config.moe.num_experts_per_tok, job.config.moe.num_experts // shards
+    # Where tokens are exchanged there is room for all that could come, else for all choices.
+    return k / (shards * min(k, own)) if pays_to_exchange(shards, k) else 1 / shards
+
+
 def _seen(job: Job) -> float:
-    """The share of blocks of queries and keys up to the diagonal, which attention computes."""
+    """The share of blocks of queries and keys that attention computes: up to the diagonal."""
+    if job.mode == "decode":
+        return 1
     blocks = -(-job.length // _ATTENTION_BLOCK)
     return (blocks + 1) / (2 * blocks)
 
@@ -264,10 +277,9 @@ def estimate(job: Job) -> Plan:
     return _plan(job, parts, _traced_flops(job, mesh, traced))
 
 
-def _traced_flops(
-    job: Job, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced, only_kernels: bool = False
-) -> float:
-    return count_flops(traced.jaxpr, _turns(job, mesh), _seen(job), only_kernels)
+def _traced_flops(job: Job, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced) -> float:
+    filled = _filled(job, mesh)
+    return count_flops(traced.jaxpr, _turns(job, mesh), _seen(job), filled)
 
 
 def check(job: Job) -> None:
@@ -314,8 +326,13 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
 
 
 def _xla_flops(job: Job, mesh: Mesh, traced: jax.stages.Traced, compiled: aot.Compiled) -> float:
-    """XLA's count on all chips, with what is inside of kernels, where it does not look."""
-    return compiled.flops * job.topology.num_chips + _traced_flops(job, mesh, traced, True)
+    """XLA's count on all chips, with two things put right as traced.
+
+    It looks into no kernel of attention, and takes the rows of a product over groups for filled.
+    """
+    as_xla_counts = count_flops(traced.jaxpr, _turns(job, mesh), seen=0, filled=1)
+    unseen = _traced_flops(job, mesh, traced) - as_xla_counts
+    return compiled.flops * job.topology.num_chips + unseen
 
 
 def _extrapolated_xla_flops(job: Job, mesh: Mesh) -> float | None:

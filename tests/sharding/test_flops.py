@@ -183,12 +183,10 @@ def test_kernels_take_the_products_of_the_function_that_they_stand_for():
 
         assert count(by_kernel, q, k, k) == forward
         assert count(by_kernel, q, k, k, seen=0.75) == 0.75 * forward
-        assert count(by_kernel, q, k, k, only_kernels=True) == forward
         # A gradient has 4 products for the 2 of the forward pass; the kernels, which keep no
         # scores, compute two of theirs twice more, and one once more.
         assert count(jax.grad(plain, (0, 1, 2)), q, k, k) == 3 * forward
         assert count(jax.grad(by_kernel, (0, 1, 2)), q, k, k) == 4.5 * forward
-    assert count(plain, q, k, k, only_kernels=True) == 0
 
 
 def test_decoding_over_pages_takes_the_products_of_all_slots():
