@@ -13,10 +13,23 @@ from absl import app, flags, logging
 from qwen_jax.errors import UserError
 
 _HELP = ("help", "h", "helpshort", "helpfull")
+# What Slurm sets for each process of a step, and JAX reads.
+_SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1."""
+def run(main: Callable[[], None], alone: bool = True) -> None:
+    """Parses the flags and runs `main`; bad input ends as one line on stderr and exit status 1.
+
+    Args:
+      main: the command.
+      alone: whether it is for one process only; others call `processes.join`.
+    """
     _use_compilation_cache()
     if sys.stdout is None:
         sys.exit("standard output is closed; nothing could be written")
@@ -27,7 +40,7 @@ def run(main: Callable[[], None]) -> None:
         f"warning: {_one_line(message)}", file=sys.stderr
     )
     try:
-        app.run(lambda _: _quietly(main), flags_parser=_parse)
+        app.run(lambda _: _quietly(main, alone), flags_parser=_parse)
     except UserError as error:
         sys.exit(_one_line(error))
     except KeyboardInterrupt:
@@ -60,8 +73,17 @@ def path(flag: flags.FlagHolder) -> Path:
         raise UserError(f"--{flag.name}={flag.value}: cannot be resolved ({error})") from None
 
 
-def _quietly(main: Callable[[], None]) -> None:
+def slurm_tasks() -> int:
+    """How many processes Slurm started together with this one, itself included."""
+    if not all(name in os.environ for name in _SLURM):
+        return 1
+    return int(os.environ["SLURM_NTASKS"])
+
+
+def _quietly(main: Callable[[], None], alone: bool) -> None:
     logging.set_verbosity(logging.WARNING)
+    if alone and slurm_tasks() > 1:
+        raise UserError(f"Slurm runs this {slurm_tasks()} times; start it in one task (srun -n1)")
     main()
     # Here, where a reader that has gone is expected, and not at exit, where Python complains.
     sys.stdout.flush()

@@ -18,6 +18,9 @@ One prompt streams; several run in batches. A line of --input holds
 With --chat it also takes the text apart: reasoning (null if there is none), content, tool_calls
 ([{"name": "...", "arguments": {...}}]) and problems ([{"reason": "...", "text": "..."}], where
 broken tool calls are).
+
+Several processes, as on a TPU pod, run it together with one --mesh over all their devices; each
+reads the same prompts, and the first one prints.
 """
 
 import dataclasses
@@ -41,7 +44,7 @@ from qwen_jax.text import (
     parse_reply,
     repository_infill,
 )
-from tools import command_line, text_flags
+from tools import command_line, mesh_flag, processes, text_flags
 from tools.jsonl_rows import as_json, read_rows
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
@@ -58,6 +61,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that run together."
 def main() -> None:
     """Reads the prompts, loads the model, writes the completions in order."""
     requests = _read_requests()
+    processes.join(mesh_flag.MESH.value)
     session = text_flags.open_session()
     prompts = [_prompt_ids(session, name, request) for name, request in requests]
     stop_ids = session.stop_ids
@@ -225,4 +229,4 @@ def _encode(tokenizer: Tokenizer, request: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, alone=False)

@@ -92,7 +92,8 @@ def as_mesh(mesh: Mesh | str | None) -> Mesh | None:
         whose axes may be missing.
 
     Raises:
-      UserError: an unknown axis, a size that is none, more devices than there are.
+      UserError: an unknown axis, a size that is none, more devices than there are, or none of a
+        process that runs this.
     """
     if mesh is None:
         return None
@@ -110,11 +111,17 @@ def as_mesh(mesh: Mesh | str | None) -> Mesh | None:
         raise UserError(
             f"mesh {mesh} needs {needed} devices, here are {available}; give a smaller one{virtual}"
         )
+    devices = jax.devices()[:needed]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise UserError(
+            f"mesh {mesh} leaves out all devices of some of the {jax.process_count()} processes; "
+            f"give one of {available} devices"
+        )
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=jax.devices()[:needed],
+        devices=devices,
     )
 
 
