@@ -52,7 +52,9 @@ class DecoderLayer(nn.Module):
         normed = norm_of(config, RMSNorm, name="post_attention_layernorm")(x)
         if self.is_sparse:
             experts = SparseMoe(config, self.dispatch, self.capacity_factor, name="mlp")
-            y, routing = experts(normed, tokens.real, tokens.layout)
+            y, routing = experts(
+                normed, tokens.real, tokens.layout, tokens.places, tokens.num_tokens
+            )
         else:
             y, routing = SwiGLU(config, name="mlp")(normed, tokens.layout), None
         return constrain(x + y, tokens.layout, *HIDDEN), cache, routing

@@ -97,7 +97,7 @@ def place(
     """
     if cache is not None and call.segments is not None:
         raise ValueError("segment_ids with a cache: run each text in a row of its own")
-    length, layout = call.ids.shape[1], None
+    (rows, length), layout = call.ids.shape, None
     if mesh is not None:
         few = cache is not None and length <= _FEW
         layout = Layout.of(config, mesh, *(["length"] if few else []))
@@ -109,8 +109,9 @@ def place(
         call = _fill_up(layout, call, cache)
     if cache is None:
         ids, tokens = _place(config, layout, length, call)
-        return ids, tokens, None
-    return _place_after(config, layout, length, call, cache)
+    else:
+        ids, tokens, cache = _place_after(config, layout, length, call, cache)
+    return ids, tokens.replace(num_tokens=rows * length), cache
 
 
 def _fill_up(layout: Layout, call: Call, cache: Cache | None) -> Call:

@@ -62,6 +62,7 @@ class Tokens:
       rotation: of the call's tokens.
       query_scale: float32 [B, T], what queries are multiplied by; None for nothing.
       dual_chunk: in models with Dual Chunk Attention.
+      num_tokens: of the caller's, padding included; None for all here.
       layout: where the tokens lie on a mesh; None without one.
     """
 
@@ -73,6 +74,7 @@ class Tokens:
     segments: jax.Array | None = None
     places: jax.Array | None = None
     dual_chunk: DualChunk | None = None
+    num_tokens: int | None = flax.struct.field(pytree_node=False, default=None)
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 

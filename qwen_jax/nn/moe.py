@@ -102,7 +102,12 @@ def capacity_of(num_tokens: int, spec: MoeSpec, capacity_factor: float) -> int:
     return math.ceil(capacity_factor * num_tokens * spec.num_experts_per_tok / spec.num_experts)
 
 
-def limit_capacity(routing: Routing, capacity: int, real: jax.Array | None = None) -> Routing:
+def limit_capacity(
+    routing: Routing,
+    capacity: int,
+    real: jax.Array | None = None,
+    places: jax.Array | None = None,
+) -> Routing:
     """`routing` without the choices that find their expert full.
 
     Tokens are served in their order, whatever the rank of the choice, so that no token loses its
@@ -113,12 +118,19 @@ def limit_capacity(routing: Routing, capacity: int, real: jax.Array | None = Non
       routing: of tokens [...].
       capacity: places of each expert.
       real: bool [...], False for padding; None for all real.
+      places: int32 [B, T], of tokens [B, T] their order in each row; None for the array's.
     """
     E = routing.logits.shape[-1]
     wanted = routing.experts
     if real is not None:
         wanted = jnp.where(real[..., None], wanted, E)
-    kept = (_places(wanted, E) < capacity) & (wanted < E)
+    if places is None:
+        before = _places(wanted, E)
+    else:
+        order = jnp.argsort(places, axis=1)[..., None]
+        before = _places(jnp.take_along_axis(wanted, order, axis=1), E)
+        before = jnp.take_along_axis(before, jnp.argsort(order, axis=1), axis=1)
+    kept = (before < capacity) & (wanted < E)
     return routing.replace(
         experts=jnp.where(kept, wanted, E),
         weights=jnp.where(kept, routing.weights, 0),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,7 +25,7 @@ from qwen_jax.nn.moe import (
     route,
 )
 from qwen_jax.nn.quantized import QuantizedWeight
-from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, num_shards, on_shards
+from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, num_shards, on_shards, parameter_axes
 
 
 class SparseMoe(nn.Module):
@@ -42,7 +43,12 @@ class SparseMoe(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, real: jax.Array | None = None, layout: Layout | None = None
+        self,
+        x: jax.Array,
+        real: jax.Array | None = None,
+        layout: Layout | None = None,
+        places: jax.Array | None = None,
+        num_tokens: int | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Runs the tokens of one call.
 
@@ -50,6 +56,8 @@ class SparseMoe(nn.Module):
           x: [B, T, D].
           real: bool [B, T], False at padding; None for all real.
           layout: where the tokens lie on a mesh; None without one.
+          places: int32 [B, T], each token's place in its text, if not here.
+          num_tokens: of the call, without what the mesh added; None for all.
 
         Returns:
           [B, T, D], and where the tokens went.
@@ -59,11 +67,11 @@ class SparseMoe(nn.Module):
         std = config.initializer_range
         routing = _route_on_shards(x, _Weight((E, D), std, name="gate")(), spec, real, layout)
         experts = _Experts(E, F, D, std, name="experts")()
-        num_tokens = math.prod(x.shape[:-1])
-        at_once = num_tokens if layout is None else num_tokens // layout.num_expert_groups
+        at_once = math.prod(x.shape[:-1])
+        num_tokens = at_once if num_tokens is None else num_tokens
+        if layout is not None:
+            at_once //= layout.num_expert_groups
         packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
-        if packed and layout is not None:
-            raise UserError("packed experts are not run on a mesh; load them dense")
         method = self.dispatch
         if method is None:
             platform = jax.default_backend() if layout is None else layout.platform
@@ -77,7 +85,7 @@ class SparseMoe(nn.Module):
             )
         if self.capacity_factor is not None:
             capacity = capacity_of(num_tokens, spec, self.capacity_factor)
-            routing = limit_capacity(routing, capacity, real)
+            routing = limit_capacity(routing, capacity, real, places)
         y = _mix_on_shards(x, routing, experts, method, capacity, layout)
         if spec.shared_intermediate_size is not None:
             gate = nn.sigmoid(Linear(1, stddev=std, name="shared_expert_gate")(x))
@@ -158,7 +166,7 @@ def _mix_on_shards(
             x, chosen, weights = (
                 jax.lax.all_gather(a, sharing, axis=0, tiled=True) for a in (x, chosen, weights)
             )
-            E = experts["gate_proj"].shape[0]
+            E = len(jax.tree.leaves(experts["gate_proj"])[0])
             mine = chosen - jax.lax.axis_index(sharing) * E
             chosen = jnp.where((mine >= 0) & (mine < E), mine, E)
         y = mix_chosen(x, chosen, weights, experts, method, capacity)
@@ -167,7 +175,27 @@ def _mix_on_shards(
             y = jax.lax.psum_scatter(y, sharing, scatter_dimension=0, tiled=True)
         return y
 
-    wide, narrow = ("experts", "width", None), ("experts", None, "width")
-    weights = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+    weights = {name: _axes_in_use(name, leaf, layout) for name, leaf in experts.items()}
     mix = on_shards(shard, layout, (HIDDEN, HIDDEN, HIDDEN, weights), HIDDEN)
     return mix(x, routing.experts, routing.weights, dict(experts))
+
+
+def _axes_in_use(name: str, leaf: Leaf, layout: Layout) -> Any:
+    """The logical axes of the arrays of all experts' projection `name`, put together to be used."""
+    parameter = f"experts/{name}/weight"
+
+    def axes(path: tuple[Any, ...], _: jax.Array) -> tuple[str | None, ...]:
+        inside = jax.tree_util.keystr(path, simple=True, separator="/")
+        logical = parameter_axes(f"{parameter}/{inside}" if inside else parameter)
+        return tuple(None if axis == "hidden" else axis for axis in logical)
+
+    if isinstance(leaf, QuantizedWeight) and axes((), leaf.values)[-1] == "width":
+        shards, groups = num_shards(layout.mesh, "width"), leaf.scales.shape[-1]
+        whole = groups % shards == 0 and groups * leaf.group_size == leaf.shape[-1]
+        if shards > 1 and (leaf.group_of is not None or not whole):
+            raise UserError(
+                f"{parameter}: packed in {groups} groups of {leaf.group_size} inputs, which "
+                f"{shards} shards of its width would cut through or find out of order; load it "
+                "dense, or give a mesh with a smaller tensor axis"
+            )
+    return jax.tree_util.tree_map_with_path(axes, leaf)

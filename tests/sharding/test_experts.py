@@ -13,14 +13,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.config import MoeSpec
+from qwen_jax.errors import UserError
 from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.moe import Dispatch, mix_chosen
+from qwen_jax.nn.quantized import quantize
 from qwen_jax.sharding import aot
-from qwen_jax.sharding.axes import as_mesh, read_mesh
+from qwen_jax.sharding.axes import as_mesh, parameter_shardings, read_mesh
 from qwen_jax.sharding.chips import read_topology
 from qwen_jax.sharding.plan import Job, compile_plan
 from qwen_jax.training.train_step import TrainOptions
-from tests.sharding.models import make_config
+from tests.sharding.models import CONFIGS, make_config, one_device, random_batch
 
 E, D, F = 8, 16, 12
 
@@ -141,6 +143,63 @@ def test_exchanged_tokens_equal_those_of_one_device(mesh, k, kind):
     got = out_and_gradients(exchanged(mesh), *case)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:2,expert:4", "context:2", "fsdp:2,context:2,tensor:2"])
+@pytest.mark.parametrize("length", [11, 12])
+def test_full_experts_drop_the_tokens_that_they_drop_on_one_device(mesh, length):
+    """What the mesh adds to rows and columns takes no place, and texts keep their order."""
+    model, params = one_device(CONFIGS["moe"])
+    model = model.clone(dispatch=Dispatch.CAPACITY, capacity_factor=0.4)
+    ids, mask = (x[:, :length] for x in random_batch(model.config))
+    want = model.apply({"params": params}, ids, mask)
+    mesh = as_mesh(mesh)
+    params = jax.device_put(params, parameter_shardings(model.config, mesh, params))
+    got = jax.jit(model.clone(mesh=mesh).apply)({"params": params}, ids, mask)
+    for ours, theirs in zip(got.router, want.router, strict=True):
+        assert 0 < theirs.dropped == ours.dropped
+        np.testing.assert_array_equal(ours.experts[mask], theirs.experts[mask])
+        np.testing.assert_array_equal(ours.counts, theirs.counts)
+    error = np.linalg.norm((got.logits - want.logits)[mask])
+    assert error <= 1e-5 * np.linalg.norm(want.logits[mask])
+
+
+def packed(params, bits):
+    """`params` with int8 or int4 experts, in groups of 8 inputs."""
+
+    def pack(leaf):
+        small = quantize(np.asarray(leaf), bits, group_size=8)
+        return jax.tree.map(jnp.asarray, small)
+
+    layers = {
+        name: {**layer, "mlp": {**layer["mlp"], "experts": {
+            projection: {"weight": pack(leaf["weight"])}
+            for projection, leaf in layer["mlp"]["experts"].items()
+        }}}
+        for name, layer in params.items() if name.startswith("layers_")
+    }  # fmt: skip
+    return {**params, **layers}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("mesh", ["fsdp:2,expert:4", "expert:2,tensor:2"])
+def test_packed_experts_on_a_mesh_equal_those_of_one_device(mesh, bits):
+    model, params = one_device(CONFIGS["moe"])
+    params = packed(params, bits)
+    ids, mask = random_batch(model.config)
+    want = model.apply({"params": params}, ids, mask).logits[mask]
+    mesh = as_mesh(mesh)
+    params = jax.device_put(params, parameter_shardings(model.config, mesh, params))
+    got = jax.jit(model.clone(mesh=mesh).apply)({"params": params}, ids, mask).logits[mask]
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_a_mesh_that_cuts_through_packed_groups_names_the_experts():
+    model, params = one_device(CONFIGS["moe"])
+    ids, mask = random_batch(model.config)
+    mesh = as_mesh("tensor:4")
+    with pytest.raises(UserError, match="experts/down_proj/weight: packed in 2 groups of 8"):
+        model.clone(mesh=mesh).apply({"params": packed(params, 8)}, ids, mask)
 
 
 def test_it_pays_where_more_devices_than_choices_share_the_experts():
