@@ -37,7 +37,7 @@ from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
 from qwen_jax.nn.moe import Dispatch, choose_dispatch
 from qwen_jax.reference import import_reference
-from tools import command_line
+from tools import command_line, mesh_flag
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint or preset.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=True)
@@ -52,12 +52,12 @@ _TOKENS = flags.DEFINE_list(
     ["1", "8", "64", "256", "1024"],
     "With --workload=dispatch: how many tokens to send to the experts, one measurement for each.",
 )
-_FLAGS = (_MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
+_FLAGS = (mesh_flag.MESH, _MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
 
 
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
-    others = (_PROMPT, _STEPS) if _WORKLOAD.value == "dispatch" else (_TOKENS,)
+    others = (_PROMPT, _STEPS, mesh_flag.MESH) if _WORKLOAD.value == "dispatch" else (_TOKENS,)
     for flag in others:
         if flags.FLAGS[flag.name].present:
             raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
@@ -87,7 +87,7 @@ def main() -> None:
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for _ in tqdm.trange(_REPEATS.value, desc="loading", disable=None):
         for name in ENGINES:
-            load = measure_load(name, directory)
+            load = measure_load(name, directory, mesh_flag.MESH.value)
             for key, value in (
                 ("load, s", load.load_s),
                 ("load + first forward, s", load.load_s + load.forward_s),
@@ -95,7 +95,12 @@ def main() -> None:
             ):
                 figures[name].setdefault(key, []).append(value)
     speeds = measure_throughput(
-        directory, config.vocab_size, _PROMPT.value, _STEPS.value, _REPEATS.value
+        directory,
+        config.vocab_size,
+        _PROMPT.value,
+        _STEPS.value,
+        _REPEATS.value,
+        mesh_flag.MESH.value,
     )
     for name, speed in speeds.items():
         figures[name][f"prefill of {_PROMPT.value}, tokens/s"] = speed["prefill"]

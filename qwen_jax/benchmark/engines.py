@@ -29,8 +29,8 @@ class Engine(Protocol):
 class Ours:
     """This package."""
 
-    def __init__(self, directory: Path):
-        self._model, params = qwen_jax.load_pretrained(directory, dtype="float32")
+    def __init__(self, directory: Path, mesh: str | None = None):
+        self._model, params = qwen_jax.load_pretrained(directory, "float32", mesh)
         self._variables = {"params": params}
 
         def step(variables: Any, ids: jax.Array, cache: Any) -> tuple[Any, jax.Array]:
@@ -43,7 +43,9 @@ class Ours:
         self._model.apply(self._variables, ids).logits.block_until_ready()
 
     def prefill(self, ids: np.ndarray, room: int = 128) -> np.ndarray:
-        cache = init_cache(self._model.config, len(ids), ids.shape[1] + room, jnp.float32)
+        capacity = ids.shape[1] + room
+        config, mesh = self._model.config, self._model.mesh
+        cache = init_cache(config, len(ids), capacity, jnp.float32, mesh)
         self._cache, self._token = self._step(self._variables, ids, cache)
         return np.asarray(self._token)
 
@@ -57,9 +59,10 @@ class Ours:
 
 
 class Transformers:
-    """The PyTorch reference, with its default attention."""
+    """The PyTorch reference, with its default attention; no mesh of ours is for it."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, mesh: str | None = None):
+        del mesh
         self._torch, _ = import_reference()
         self._model = load_reference(directory)
 
@@ -85,4 +88,7 @@ class Transformers:
         self._cache, self._token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
 
-ENGINES: dict[str, Callable[[Path], Engine]] = {"qwen_jax": Ours, "transformers": Transformers}
+ENGINES: dict[str, Callable[[Path, str | None], Engine]] = {
+    "qwen_jax": Ours,
+    "transformers": Transformers,
+}

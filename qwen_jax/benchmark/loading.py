@@ -1,6 +1,6 @@
 """Load time and memory, each measured in a process of its own.
 
-Run as a module, `python -m qwen_jax.benchmark.loading ENGINE DIRECTORY` prints one measurement.
+Run as a module, `python -m qwen_jax.benchmark.loading ENGINE DIRECTORY [MESH]` prints one.
 """
 
 import contextlib
@@ -36,16 +36,17 @@ class LoadMeasurement:
     peak_bytes: int
 
 
-def measure_load(engine: str, directory: Path) -> LoadMeasurement:
-    """Measures one load in a new process; imports do not count.
+def measure_load(engine: str, directory: Path, mesh: str | None = None) -> LoadMeasurement:
+    """Measures one load in a new process, on `mesh` if it is ours; imports do not count.
 
     Raises:
       UserError: the process failed.
     """
+    arguments = [engine, str(directory), *([] if mesh is None else [mesh])]
     # A compilation kept from an earlier run would hide the cost of a first one.
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     child = subprocess.run(
-        [sys.executable, "-m", "qwen_jax.benchmark.loading", engine, str(directory)],
+        [sys.executable, "-m", "qwen_jax.benchmark.loading", *arguments],
         capture_output=True,
         text=True,
         env=env,
@@ -56,7 +57,7 @@ def measure_load(engine: str, directory: Path) -> LoadMeasurement:
     return LoadMeasurement(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def _measure(engine: str, directory: Path) -> LoadMeasurement:
+def _measure(engine: str, directory: Path, mesh: str | None = None) -> LoadMeasurement:
     _start_runtime(engine, directory)
     peak = start = anonymous_memory()
     done = threading.Event()
@@ -70,7 +71,7 @@ def _measure(engine: str, directory: Path) -> LoadMeasurement:
     watcher.start()
     begin = time.perf_counter()
     try:
-        loaded = ENGINES[engine](directory)
+        loaded = ENGINES[engine](directory, mesh)
         load_s = time.perf_counter() - begin
     finally:  # Or the watcher would keep a failed process alive.
         done.set()
@@ -103,6 +104,8 @@ def anonymous_memory() -> int:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(dataclasses.asdict(_measure(sys.argv[1], Path(sys.argv[2])))))
+        print(
+            json.dumps(dataclasses.asdict(_measure(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))
+        )
     except UserError as error:
         sys.exit(str(error))

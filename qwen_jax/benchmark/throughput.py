@@ -10,7 +10,12 @@ from qwen_jax.benchmark.engines import ENGINES
 
 
 def measure_throughput(
-    directory: Path, vocab_size: int, prompt: int, steps: int, repeats: int
+    directory: Path,
+    vocab_size: int,
+    prompt: int,
+    steps: int,
+    repeats: int,
+    mesh: str | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens a second of each engine, batch 1.
 
@@ -20,11 +25,12 @@ def measure_throughput(
       prompt: tokens to prefill.
       steps: tokens to decode after them.
       repeats: measurements of each, after one that warms up.
+      mesh: of the devices for this package's models.
 
     Returns:
       engine -> {"prefill": [...], "decode": [...]}, one figure a repeat.
     """
-    engines = {name: make(directory) for name, make in ENGINES.items()}
+    engines = {name: make(directory, mesh) for name, make in ENGINES.items()}
     ids = np.random.default_rng(0).integers(0, vocab_size, (1, prompt))
     figures = {name: {"prefill": [], "decode": []} for name in engines}
     for repeat in tqdm.trange(repeats + 1, desc="measuring", disable=None):

@@ -25,6 +25,7 @@ from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.nn.cache import cache_shardings, init_cache
+from qwen_jax.nn.dual_chunk import RELATIONS
 from qwen_jax.nn.expert_exchange import pays_to_exchange
 from qwen_jax.nn.moe import choose_dispatch
 from qwen_jax.sharding import aot, hlo
@@ -253,7 +254,9 @@ def _seen(job: Job) -> float:
     if job.mode == "decode":
         return 1
     blocks = -(-job.length // _ATTENTION_BLOCK)
-    return (blocks + 1) / (2 * blocks)
+    # Dual Chunk Attention has three branches, which share them out.
+    branches = 1 if job.config.dual_chunk is None else len(RELATIONS)
+    return (blocks + 1) / (2 * blocks) / branches
 
 
 def _bytes_of_a_device(tree: Any) -> int:

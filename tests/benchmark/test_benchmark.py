@@ -29,6 +29,8 @@ def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, t
         "--prompt_tokens=8",
         "--decode_tokens=2",
         "--repeats=1",
+        "--mesh=fsdp:2,tensor:2",
+        JAX_NUM_CPU_DEVICES="4",
     )
     assert (result.returncode, result.stderr) == (0, "")
     header, _, *rows = [
@@ -54,6 +56,7 @@ def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, t
             "prompt_tokens": 8,
             "decode_tokens": 2,
             "repeats": 1,
+            "mesh": "fsdp:2,tensor:2",
             "workload": "model",
             "tokens": ["1", "8", "64", "256", "1024"],
         }
@@ -62,8 +65,8 @@ def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, t
 def test_the_engines_choose_the_same_tokens(tiny):
     ids = np.random.default_rng(0).integers(0, 320, (2, 9))
     chosen = []
-    for make in ENGINES.values():
-        engine = make(tiny)
+    engines = [make(tiny, None) for make in ENGINES.values()]
+    for engine in (*engines, ENGINES["qwen_jax"](tiny, "fsdp:2,tensor:2")):
         # The second time from a new cache: nothing of the first may be left.
         for _ in range(2):
             chosen.append(np.concatenate([engine.prefill(ids), engine.decode(12)], axis=1))
