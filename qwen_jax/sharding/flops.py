@@ -113,7 +113,11 @@ def _head_flops(config: ModelConfig, positions: int) -> float:
 
 
 def count_flops(
-    jaxpr: Any, turns: float | None = None, seen: float = 1.0, filled: float = 1.0
+    jaxpr: Any,
+    turns: float | None = None,
+    seen: float = 1.0,
+    filled: float = 1.0,
+    as_xla: bool = False,
 ) -> float:
     """Operations of the matrix products in a traced program, loops and all devices included.
 
@@ -122,13 +126,16 @@ def count_flops(
       turns: how often a loop runs whose number of turns depends on data, on average.
       seen: the share of pairs of queries and keys for which an attention kernel computes scores.
       filled: the share of rows of a product over groups that belong to a group, on average.
+      as_xla: whether to count as XLA does, which sees nothing inside of attention kernels and, in
+        products over groups, all rows, and for a gradient of weights all of them in each group.
 
     Raises:
       ValueError: there is a loop with a product in it that depends on data, and `turns` is None; or
         a kernel whose operations are not known.
     """
     return sum(
-        _equation_flops(equation, _Counting(turns, seen, filled)) for equation in _open(jaxpr).eqns
+        _equation_flops(equation, _Counting(turns, seen, filled, as_xla))
+        for equation in _open(jaxpr).eqns
     )
 
 
@@ -138,6 +145,7 @@ class _Counting(NamedTuple):
     turns: float | None
     seen: float
     filled: float
+    as_xla: bool
 
 
 def _equation_flops(equation: Any, how: _Counting) -> float:
@@ -146,13 +154,13 @@ def _equation_flops(equation: Any, how: _Counting) -> float:
     results = [v.aval for v in equation.outvars]
     match name:
         case "pallas_call":
-            return _kernel_flops(params["name"], operands, how.seen)
+            return 0 if how.as_xla else _kernel_flops(params["name"], operands, how.seen)
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             return 2 * results[0].size * math.prod(operands[0].shape[i] for i in contracted)
         case "ragged_dot_general":
             numbers = params["ragged_dot_dimension_numbers"]
-            return how.filled * _ragged_flops(numbers, operands, results[0])
+            return _ragged_flops(numbers, operands, results[0], how)
         case "conv_general_dilated":
             kernel = operands[1]
             out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -191,13 +199,15 @@ def _kernel_flops(name: str, operands: list[Any], seen: float) -> float:
     return 2 * found[0] * q.size * k.shape[-2] * seen
 
 
-def _ragged_flops(numbers: Any, operands: list[Any], result: Any) -> float:
+def _ragged_flops(numbers: Any, operands: list[Any], result: Any, how: _Counting) -> float:
     """Each row of the first operand meets the matrix of its own group only."""
     (contracted, _), _ = numbers.dot_dimension_numbers
     flops = 2 * result.size * math.prod(operands[0].shape[i] for i in contracted)
+    if how.as_xla:
+        return flops
     # Where the rows are summed over, the result has a matrix for each group.
     is_summed = set(numbers.lhs_ragged_dimensions) & set(contracted)
-    return flops // operands[2].shape[-1] if is_summed else flops
+    return how.filled * (flops // operands[2].shape[-1] if is_summed else flops)
 
 
 def _while_flops(params: dict[str, Any], how: _Counting) -> float:

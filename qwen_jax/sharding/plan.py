@@ -109,8 +109,8 @@ class Plan:
         "temporaries" what it needs while it runs, "outputs" what it returns in memory of its own.
       flops_by_part: operations of all chips by part of the model, by formula.
       traced_flops: operations of all chips, counted over the traced program.
-      xla_flops: the same as XLA counts them, of a loop inside a layer one turn; what it does not
-        see of kernels, and of rows that no expert has, as traced; extrapolated over layers.
+      xla_flops: the same as XLA counts them, of a loop inside a layer one turn, but kernels and
+        products over groups as traced (see `count_flops`); extrapolated over layers.
       traffic: what goes between chips, the most first.
       counts_all: whether the number of turns of every loop with a collective in it is known.
       weight_reads: how often a step reads the weights from memory; of a decode step.
@@ -329,12 +329,9 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
 
 
 def _xla_flops(job: Job, mesh: Mesh, traced: jax.stages.Traced, compiled: aot.Compiled) -> float:
-    """XLA's count on all chips, with two things put right as traced.
-
-    It looks into no kernel of attention, and takes the rows of a product over groups for filled.
-    """
-    as_xla_counts = count_flops(traced.jaxpr, _turns(job, mesh), seen=0, filled=1)
-    unseen = _traced_flops(job, mesh, traced) - as_xla_counts
+    """XLA's count on all chips, what it takes kernels and groups for put right as traced."""
+    taken = count_flops(traced.jaxpr, _turns(job, mesh), as_xla=True)
+    unseen = _traced_flops(job, mesh, traced) - taken
     return compiled.flops * job.topology.num_chips + unseen
 
 
