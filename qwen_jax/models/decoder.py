@@ -125,7 +125,8 @@ class Decoder(nn.Module):
 
         Args:
           input_ids: int [B, T].
-          attention_mask: [B, T], 1 for real tokens, padding on either side; None for all real.
+          attention_mask: [B, T], 1 for real tokens, padding on either side; None for all real. What
+            comes out at padding has no meaning, and on a mesh is something else.
           positions: int [B, T]; None means 0..T-1, or with a cache what follows its positions,
             padding counted.
           cache: the tokens before these; `nn.cache.init_cache` makes an empty one. `grow_cache`
