@@ -1,9 +1,10 @@
 """TPU generations as numbers, and topologies such as "v5p:8x8x8" as users write them.
 
 The figures are those of the system architecture pages of Google Cloud's TPU documentation
-(cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e), except for the memory: what a program may use is
-a little less than what a chip has, and is here as libtpu 0.0.42 reports it when a program is too
-large.
+(cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e). A link has the documented bandwidth of a chip in
+both directions, 400, 1,200 and 800 GB/s for v5e, v5p and v6e, divided by its links and directions;
+v4's is that of arXiv 2304.01433. But of the memory a program may use a little less than a chip has,
+and it is here as libtpu 0.0.42 reports it when a program is too large.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ CHIPS = {
         Chip(
             "v4",
             int(31.25 * _GIB),
-            1.228e12,
+            1.2e12,
             275e12,
             50e9,
             3,

@@ -180,9 +180,13 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
+def _sizes(shape: str) -> list[int]:
+    """Of an array's axes."""
+    return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]
+
+
 def _elements(shape: str) -> int:
-    found = re.search(r"\[([\d,]*)\]", shape)
-    return math.prod(int(n) for n in found[1].split(",") if n) if found else 0
+    return math.prod(_sizes(shape)) if "[" in shape else 0
 
 
 def _in_hbm(shape: str) -> bool:
@@ -399,6 +403,50 @@ def _step(module: Module, body: Computation, i: int) -> int | None:
         return None
     known = [step for step in steps if step is not None]
     return known[0] if len(known) == 1 and known[0] > 0 else None
+
+
+def repeated_flops(module: Module) -> int:
+    """Operations of products in loops after the first turn, which XLA's own analysis leaves out.
+
+    Such loops are of the program, or XLA's: it computes a product in pieces while others travel.
+    Every product is a convolution in a program for TPUs.
+    """
+    return sum(
+        (place.times - 1) * _convolution_flops(place)
+        for place in _walk(module, module.entry, 1, True, "")
+        if place.instruction.opcode == "convolution" and place.times > 1
+    )
+
+
+def _convolution_flops(place: _Place) -> int:
+    """Multiplications and additions, those with padding left out."""
+    instruction, by_name = place.instruction, place.computation.by_name
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    shapes = (*(by_name[name].shape for name in instruction.operands), instruction.shape)
+    x, kernel, out = (
+        dict(zip(names, _sizes(shape), strict=True))
+        for names, shape in zip(labels, shapes, strict=True)
+    )
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    flops = 2 * out["b"] * out["f"] * kernel["i"]
+    for i in range(len(kernel) - 2):
+
+        def field(name: str, default: str, i: int = i) -> str:
+            return fields[name].split("x")[i] if name in fields else default
+
+        low = int(field("pad", "0_0").split("_")[0])
+        stride, *dilations = (
+            int(field(name, "1")) for name in ("stride", "rhs_dilate", "lhs_dilate")
+        )
+        met = (
+            stride * o + dilations[0] * k - low
+            for o in range(out[str(i)])
+            for k in range(kernel[str(i)])
+        )
+        stop = dilations[1] * (x[str(i)] - 1) + 1
+        flops *= sum(0 <= at < stop and at % dilations[1] == 0 for at in met)
+    return flops
 
 
 @dataclasses.dataclass(frozen=True)

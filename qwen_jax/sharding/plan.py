@@ -109,8 +109,9 @@ class Plan:
         "temporaries" what it needs while it runs, "outputs" what it returns in memory of its own.
       flops_by_part: operations of all chips by part of the model, by formula.
       traced_flops: operations of all chips, counted over the traced program.
-      xla_flops: the same as XLA counts them, of a loop inside a layer one turn, but kernels and
-        products over groups as traced (see `count_flops`); extrapolated over layers.
+      xla_flops: the same as XLA counts them, but of loops all turns (one where their number depends
+        on data), and kernels and products over groups as traced (see `count_flops`); extrapolated
+        over layers.
       traffic: what goes between chips, the most first.
       counts_all: whether the number of turns of every loop with a collective in it is known.
       weight_reads: how often a step reads the weights from memory; of a decode step.
@@ -329,10 +330,11 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
 
 
 def _xla_flops(job: Job, mesh: Mesh, traced: jax.stages.Traced, compiled: aot.Compiled) -> float:
-    """XLA's count on all chips, what it takes kernels and groups for put right as traced."""
+    """XLA's count on all chips, all turns of its loops; kernels and groups put right as traced."""
     taken = count_flops(traced.jaxpr, _turns(job, mesh), as_xla=True)
     unseen = _traced_flops(job, mesh, traced) - taken
-    return compiled.flops * job.topology.num_chips + unseen
+    repeated = hlo.repeated_flops(hlo.read_module(compiled.hlo))
+    return (compiled.flops + repeated) * job.topology.num_chips + unseen
 
 
 def _extrapolated_xla_flops(job: Job, mesh: Mesh) -> float | None:

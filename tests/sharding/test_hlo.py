@@ -230,3 +230,46 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     )
     assert module.entry.root.opcode == "custom-call"
     assert module.entry.root.op_name == "jit(f)/pallas_call"
+
+
+def test_turns_after_the_first_are_counted_for_every_form_of_a_convolution():
+    """Forms that XLA prints for products: plain, summed over a window, spread out by padding."""
+    program = """\
+HloModule jit_f, num_partitions=1
+
+%body (carry: (s32[], f32[4,6])) -> (s32[], f32[4,6]) {
+  %carry = (s32[], f32[4,6]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %a = f32[4,6]{1,0} get-tuple-element(%carry), index=1
+  %w = f32[5,6]{1,0} constant({...})
+  %plain = f32[4,5]{1,0} convolution(%a, %w), dim_labels=bf_oi->bf
+  %x3 = f32[3,4,6]{2,1,0} constant({...})
+  %w3 = f32[3,4,5]{2,1,0} constant({...})
+  %summed = f32[6,5,1]{1,0,2} convolution(%x3, %w3), window={size=3}, dim_labels=0fb_0io->bf0
+  %x4 = f32[1,4,6]{2,1,0} constant({...})
+  %w4 = f32[2,4,5]{2,1,0} constant({...})
+  %spread = f32[6,5,2]{1,0,2} convolution(%x4, %w4), window={size=2 pad=1_1 rhs_reversal=1}, \
+dim_labels=0fb_0io->bf0
+  ROOT %result = (s32[], f32[4,6]{1,0}) tuple(%next, %a)
+}
+
+%condition (carry.1: (s32[], f32[4,6])) -> pred[] {
+  %carry.1 = (s32[], f32[4,6]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%carry.1), index=0
+  %seven = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %seven), direction=LT
+}
+
+ENTRY %main (a.1: f32[4,6]) -> (s32[], f32[4,6]) {
+  %a.1 = f32[4,6]{1,0} parameter(0)
+  %w.1 = f32[5,6]{1,0} constant({...})
+  %once = f32[4,5]{1,0} convolution(%a.1, %w.1), dim_labels=bf_oi->bf
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4,6]{1,0}) tuple(%zero, %a.1)
+  ROOT %loop = (s32[], f32[4,6]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+    products = 2 * (4 * 6 * 5 + 3 * 4 * 6 * 5 + 2 * 4 * 6 * 5)
+    assert hlo.repeated_flops(hlo.read_module(program)) == 6 * products
