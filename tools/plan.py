@@ -21,10 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import matplotlib
 import tqdm
 from absl import flags
-from matplotlib.figure import Figure
 
 from configs.models import get_preset, names_a_preset
 from qwen_jax.checkpoint.hub import resolve_source
@@ -37,9 +35,7 @@ from qwen_jax.sharding.chips import Topology, read_topology
 from qwen_jax.sharding.plan import Job, Plan, compile_plan, estimate, sweep
 from qwen_jax.training.train_step import TrainOptions
 from tools import command_line
-
-# Drawn into files, on machines without a screen.
-matplotlib.use("agg")
+from tools.plan_figures import as_json, draw_memory
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Preset, checkpoint directory or hub id.", required=True
@@ -101,7 +97,8 @@ def main() -> None:
             encoding="utf-8",
         )
     if _PICTURE.value is not None:
-        draw_memory(plans[:_ROWS] or [best], title, command_line.path(_PICTURE))
+        bars = [(plan.mesh, plan.memory, plan.available) for plan in plans[:_ROWS] or [best]]
+        draw_memory(bars, title, command_line.path(_PICTURE))
 
 
 def _config() -> ModelConfig:
@@ -119,10 +116,13 @@ def _mesh(topology: Topology) -> dict[str, int]:
 
 def _check_writable(path: Path) -> None:
     """Refuses a file that cannot be written, before the minutes of compiling."""
+    is_new = not path.exists()
     try:
         path.open("a").close()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    if is_new:
+        path.unlink()
 
 
 def report(plan: Plan, title: str) -> str:
@@ -182,33 +182,6 @@ def sweep_table(plans: Iterable[Plan]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-
-
-def as_json(plan: Plan) -> dict[str, object]:
-    """All figures of a plan, those that follow from others included."""
-    return {
-        **dataclasses.asdict(plan),
-        "analytic_flops": sum(plan.flops_by_part.values()),
-        "step_seconds": plan.step_seconds,
-        "bound": plan.bound,
-    }
-
-
-def draw_memory(plans: list[Plan], title: str, path: Path) -> None:
-    """A bar for each plan, cut into the parts of a chip's memory, as a PNG."""
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(plans)), layout="constrained")
-    axes = figure.subplots()
-    parts = dict.fromkeys(part for plan in plans for part in plan.memory)
-    left = [0.0] * len(plans)
-    for part in parts:
-        widths = [plan.memory.get(part, 0) / _GIB for plan in plans]
-        axes.barh([plan.mesh for plan in plans], widths, left=left, label=part)
-        left = [before + width for before, width in zip(left, widths, strict=True)]
-    axes.axvline(plans[0].available / _GIB, color="black", linestyle="--", label="of a chip")
-    axes.invert_yaxis()
-    axes.set(xlabel="GiB of a chip", title=title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
 
 
 def _gib(size: int) -> str:

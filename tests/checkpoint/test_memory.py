@@ -158,6 +158,7 @@ def test_each_of_two_processes_holds_half_of_a_checkpoint(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     children = [start("shards", tmp_path, address, number) for number in range(2)]
     for peak, shards, _, num_samples in map(finish, children):
+        print(f"peak {peak / size:.3f} of the checkpoint, shards {shards / size:.3f} of it")
         assert num_samples > 20
         assert 0.49 * size < shards < peak < 0.55 * size
     shutil.rmtree(tmp_path)
