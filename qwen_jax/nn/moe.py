@@ -303,9 +303,13 @@ def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     )
 
 
+# Choices of one expert that run at once.
+_LARGEST_BLOCK = 128
+
+
 def _block_size(choices: int, E: int) -> int:
     """Twice an expert's even share, so that most experts fill one block; a power of two."""
-    return min(max(1 << (2 * choices // E).bit_length(), 8), 128)
+    return min(max(1 << (2 * choices // E).bit_length(), 8), _LARGEST_BLOCK)
 
 
 def _take_expert(experts: dict[str, Leaf], index: jax.Array) -> dict[str, Leaf]:
@@ -418,8 +422,10 @@ def choose_dispatch(
     """The fastest method that drops nothing and fits in memory at any size.
 
     GATHER while there are no more choices than experts, so that few experts are read twice; then
-    SORTED, or RAGGED on a TPU. `benchmark.dispatch` measured the first two on CPU; the choice for
-    accelerators is one of memory, not of time.
+    SORTED, and on a TPU RAGGED from where an expert fills the largest of its blocks. XLA copies all
+    experts into the layout of RAGGED's kernel, which is less than to read them for many blocks, and
+    more than to read them for one. `benchmark.dispatch` measured the first two on CPU; the choice
+    for accelerators is one of bytes, not of time.
 
     Args:
       num_tokens: N, padding included.
@@ -429,4 +435,5 @@ def choose_dispatch(
     """
     if num_tokens * spec.num_experts_per_tok <= spec.num_experts:
         return Dispatch.GATHER
-    return Dispatch.RAGGED if platform == "tpu" and not packed else Dispatch.SORTED
+    fills_blocks = num_tokens * spec.num_experts_per_tok >= _LARGEST_BLOCK * spec.num_experts
+    return Dispatch.RAGGED if platform == "tpu" and fills_blocks and not packed else Dispatch.SORTED

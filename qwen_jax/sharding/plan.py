@@ -233,8 +233,10 @@ def _turns(job: Job, mesh: Mesh | AbstractMesh) -> float:
     if job.mode == "decode":
         if job.config.moe is None:
             return 1
-        chosen = _tokens_of_a_group(job, mesh) * job.config.moe.num_experts_per_tok
-        return chosen / num_shards(mesh, "experts")
+        moe = job.config.moe
+        # One for each choice, or a block of choices for each expert.
+        chosen = _tokens_of_a_group(job, mesh) * moe.num_experts_per_tok
+        return min(chosen, moe.num_experts) / num_shards(mesh, "experts")
     # In a ring, a loop over each shard's keys.
     blocks = -(-job.length // _ATTENTION_BLOCK)
     return _seen(job) * blocks / num_shards(mesh, "length")

@@ -517,7 +517,10 @@ def test_a_leaf_may_be_a_pytree_with_integers(method, monkeypatch):
         (17, "cpu", Dispatch.SORTED),
         (17, "gpu", Dispatch.SORTED),
         (16, "tpu", Dispatch.GATHER),
-        (17, "tpu", Dispatch.RAGGED),
+        (17, "tpu", Dispatch.SORTED),
+        (2047, "tpu", Dispatch.SORTED),
+        (2048, "tpu", Dispatch.RAGGED),
+        (2048, "gpu", Dispatch.SORTED),
     ],
 )
 def test_the_default_gathers_until_experts_repeat_and_never_drops(num_tokens, platform, expected):

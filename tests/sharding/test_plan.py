@@ -151,6 +151,18 @@ def test_a_decode_step_copies_neither_cache_nor_weights(batch):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("batch", [8, 64])
+def test_a_decode_step_copies_no_experts(batch):
+    """Of the widths published: what XLA copies for a product over groups depends on them."""
+    layer = get_preset("qwen3-30b-a3b").with_layers(range(1))
+    config = dataclasses.replace(layer, vocab_size=1024)
+    job = job_of(config, "v5e:1x1", "data:1", "decode", batch, 1024)
+    plan = compile_plan(job, with_xla_flops=False)
+    assert plan.memory["temporaries"] <= 0.05 * plan.memory["cache"] + 64e6
+    assert plan.weight_copies < 1e4
+
+
+@needs_libtpu
 def test_a_decode_step_over_tensor_sums_twice_a_layer():
     job = job_of(SHORT, "v5e:2x2", "tensor:4", "decode", 8, 1024)
     plan = compile_plan(job, with_xla_flops=False)
