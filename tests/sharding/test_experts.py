@@ -220,7 +220,8 @@ MOE = make_config(
 @pytest.mark.parametrize("mode", ["prefill", "train"])
 def test_on_tpus_tokens_are_exchanged_and_nothing_is_gathered_over_experts(mode):
     topology, mesh = read_topology("v5p:2x2x1"), tuple(read_mesh("expert:4").items())
-    plan = compile_plan(Job(MOE, topology, mesh, mode, 8, 512, TrainOptions()))
+    job = Job(MOE, topology, mesh, mode, 8, 512, TrainOptions())
+    plan = compile_plan(job, with_xla_flops=False)
     experts = [each for each in plan.traffic if "/mlp" in each.place]
     # Rows there and back, in each layer; of training forward, again for remat, and their gradients.
     turns = sum(each.times for each in experts if each.kind == "ragged-all-to-all")
