@@ -168,14 +168,20 @@ def mix_experts(
     return mix_chosen(x, routing.experts, routing.weights, experts, method, capacity)
 
 
-def mix_chosen(x, chosen, weights, experts, method: Dispatch, capacity: int | None) -> jax.Array:
-    """`mix_experts` of what a routing says: the experts and their weights, each [..., k]."""
+def mix_chosen(
+    x, chosen, weights, experts, method: Dispatch, capacity: int | None, shards: int = 1
+) -> jax.Array:
+    """`mix_experts` of what a routing says: the experts and their weights, each [..., k].
+
+    Where these are the experts of one of several `shards`, the choices are those of all, E for
+    another shard's.
+    """
     E = jax.tree.leaves(experts["gate_proj"])[0].shape[0]
     tokens = jnp.asarray(x).reshape(-1, x.shape[-1])
     chosen, weights = (a.reshape(len(tokens), -1) for a in (chosen, weights))
     match method:
         case Dispatch.SORTED | Dispatch.GATHER:
-            size = 1 if method is Dispatch.GATHER else _block_size(chosen.size, E)
+            size = 1 if method is Dispatch.GATHER else _block_size(chosen.size // shards, E)
             out = _run_blocks(tokens, weights, dict(experts), _plan_blocks(chosen, E, size), size)
         case Dispatch.DENSE:
             out = _run_all(tokens, chosen, weights, _as_dense(experts, x.dtype), E)

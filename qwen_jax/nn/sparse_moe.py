@@ -169,7 +169,8 @@ def _mix_on_shards(
             E = len(jax.tree.leaves(experts["gate_proj"])[0])
             mine = chosen - jax.lax.axis_index(sharing) * E
             chosen = jnp.where((mine >= 0) & (mine < E), mine, E)
-        y = mix_chosen(x, chosen, weights, experts, method, capacity)
+        shards = num_shards(layout.mesh, "experts")
+        y = mix_chosen(x, chosen, weights, experts, method, capacity, shards)
         y = jax.lax.psum(y, parts)
         if sharing:
             y = jax.lax.psum_scatter(y, sharing, scatter_dimension=0, tiled=True)
