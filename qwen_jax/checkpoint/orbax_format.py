@@ -199,16 +199,24 @@ def _database(path: Path) -> dict[str, Any]:
 def _open_array(path: Path, database: dict[str, Any], name: str, driver: str) -> StoredTensor:
     spec = {"driver": driver, "kvstore": {**database, "path": f"{name}/"}}
     array = tensorstore.open(spec, open=True, read=True).result()
-
-    def read(index: Index = ()) -> np.ndarray:
-        try:
-            return array[index].read().result() if index else array.read().result()
-        except (ValueError, OSError) as error:
-            raise _broken(path, error) from None
-
     shape, dtype = tuple(array.shape), array.dtype.numpy_dtype
     # Its chunks can be read whole only; each should be in one block.
     in_blocks = array.chunk_layout.read_chunk.shape == block_shape(shape, dtype)
+
+    def read(index: Index = ()) -> np.ndarray:
+        # A part of an array would begin where it lies in the whole.
+        part = array[index][tensorstore.d[:].translate_to[0]] if index else array
+        try:
+            if not in_blocks:
+                return part.read().result()
+            # TensorStore would hold many chunks as they are stored beside the array.
+            out = np.empty(part.shape, dtype)
+            for block in blocks(part.shape, dtype):
+                out[block] = part[block].read().result()
+            return out
+        except (ValueError, OSError) as error:
+            raise _broken(path, error) from None
+
     return StoredTensor(name, path, shape, dtype, read, in_blocks=in_blocks)
 
 
