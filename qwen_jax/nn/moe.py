@@ -298,13 +298,19 @@ def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     # Every expert but those without tokens may leave one block that is not full.
     most = flat.size // size + min(E, flat.size)
     index = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
-    start = (ends - sizes)[expert] + (index - (block_ends - blocks)[expert]) * size
+    expert = jnp.sum(block_ends <= index[:, None], axis=1, dtype=jnp.int32)
+    of_expert = expert[:, None] == jnp.arange(E)
+
+    def take(table: jax.Array) -> jax.Array:
+        # On TPUs a gather is an operation, and memory, for each number that it takes.
+        return jnp.sum(jnp.where(of_expert, table, 0), axis=1)
+
+    start = take(ends - sizes) + (index - take(block_ends - blocks)) * size
     return _Blocks(
         order=jnp.argsort(flat, stable=True).astype(jnp.int32),
         expert=expert,
         start=start,
-        stop=jnp.minimum(start + size, ends[expert]),
+        stop=jnp.minimum(start + size, take(ends)),
         number=block_ends[-1],
     )
 
