@@ -32,7 +32,8 @@ from qwen_jax.hf_config import load_config
 from qwen_jax.sharding import aot
 from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import Topology, read_topology
-from qwen_jax.sharding.plan import Job, Plan, compile_plan, estimate, sweep
+from qwen_jax.sharding.jobs import Job
+from qwen_jax.sharding.plan import Plan, compile_plan, estimate, sweep
 from qwen_jax.training.train_step import TrainOptions
 from tools import command_line
 from tools.plan_figures import as_json, draw_memory
@@ -148,7 +149,7 @@ def report(plan: Plan, title: str) -> str:
     if plan.weight_reads is not None:
         lines.append(
             f"weights: read {plan.weight_reads:.2f} times a step, {_gib(plan.weight_copies)} GiB "
-            "of copies"
+            f"of copies; {_gib(plan.cache_copies)} GiB of copies of the cache"
         )
     if plan.traffic:
         lines.append("between chips, MB sent a step" + ("" if plan.counts_all else " (at least)"))

@@ -21,7 +21,8 @@ from configs.plans import ROWS, Row
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import read_topology
-from qwen_jax.sharding.plan import Job, compile_plan
+from qwen_jax.sharding.jobs import Job
+from qwen_jax.sharding.plan import compile_plan
 from tools import command_line
 from tools.plan_figures import as_json, draw_memory
 

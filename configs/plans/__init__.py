@@ -42,7 +42,7 @@ ROWS = (
     Row("qwen2-0.5b", "decode", "v5e:1x1", "data:1", 8, 4096),
     Row("qwen2-1.5b", "decode", "v5e:1x1", "data:1", 8, 4096),
     Row("qwen2-7b", "decode", "v5e:2x2", "tensor:4", 8, 4096),
-    Row("qwen2-72b", "decode", "v6e:2x4", "tensor:8", 16, 4096),
+    Row("qwen2-72b", "decode", "v6e:2x4", "tensor:8", 8, 4096),
     Row("qwen2-57b-a14b", "decode", "v6e:2x4", "expert:8", 8, 4096),
     Row("qwen2.5-3b", "decode", "v5e:1x1", "data:1", 8, 4096),
     Row("qwen2.5-14b", "decode", "v5e:2x4", "tensor:8", 8, 4096),

@@ -33,6 +33,10 @@ from qwen_jax.sharding.axes import Layout, constrain, num_shards
 # high `max_new_tokens` costs nothing until the text is that long.
 _FIRST_ROOM = 256
 
+# XLA fetches a weight ahead of its use, on TPUs in up to four pieces. Each piece has 32 KiB of
+# tables in memory, 80 MB in a model of 64 layers: one piece a weight.
+_COMPILER_OPTIONS = {"tpu": {"xla_tpu_sliced_prefetch_max_slices": 1}}
+
 
 @flax.struct.dataclass
 class DecodeState:
@@ -137,7 +141,8 @@ class TokenStream:
             self._state = self._prefill()
         else:
             self._make_room()
-            self._state = decode_step(
+            step = decode_step(self._platform)
+            self._state = step(
                 self._model, self._params, self._state, self._next_forced(), self._rule
             )
             self._used += 1
@@ -180,6 +185,10 @@ class TokenStream:
     @property
     def _dtype(self) -> jnp.dtype:
         return self._params["embed_tokens"]["weight"].dtype
+
+    @property
+    def _platform(self) -> str:
+        return self._params["embed_tokens"]["weight"].devices().pop().platform
 
     def _prefill(self) -> DecodeState:
         lengths = np.array([len(prompt) for prompt in self._prompts])
@@ -303,8 +312,18 @@ def prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rule
     return _chosen(model, state, out.logits[:, 0], forced, rule)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def decode_step(model, params, state, forced, rule) -> DecodeState:
+@functools.cache
+def decode_step(platform: str) -> Any:
+    """`_decode_step` under `jit`, as it is compiled for the devices of a platform."""
+    return jax.jit(
+        _decode_step,
+        static_argnames="model",
+        donate_argnames="state",
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+def _decode_step(model, params, state, forced, rule) -> DecodeState:
     """One more token for every row; `state` is donated. `forced` as `_next_forced` has it."""
     out = model.apply({"params": params}, state.tokens[:, None], cache=state.cache)
     return _chosen(model, state.replace(cache=out.cache), out.logits[:, 0], forced, rule)

@@ -6,7 +6,6 @@ read. Without libtpu there are those that follow from the shapes.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -14,66 +13,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.inference.checks import check_writes_text
-from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
-from qwen_jax.inference.sampling import SamplingOptions
-from qwen_jax.models.decoder import Decoder, parameter_shapes
-from qwen_jax.nn.cache import cache_shardings, init_cache
-from qwen_jax.nn.dual_chunk import RELATIONS
-from qwen_jax.nn.expert_exchange import pays_to_exchange
-from qwen_jax.nn.moe import choose_dispatch
 from qwen_jax.sharding import aot, hlo
-from qwen_jax.sharding.axes import (
-    MESH_AXES,
-    TOKENS,
-    Layout,
-    check_mesh,
-    num_shards,
-    parameter_shardings,
-)
-from qwen_jax.sharding.chips import Topology
 from qwen_jax.sharding.flops import Mode, analytic_flops, count_flops, extrapolate
+from qwen_jax.sharding.jobs import (
+    Job,
+    build_program,
+    check,
+    mean_turns,
+    mesh_of_no_devices,
+    share_filled,
+    share_seen,
+)
 from qwen_jax.training.layers import segments
-from qwen_jax.training.train_step import Batch, TrainOptions, abstract_train_state, make_train_step
-
-# Queries and keys of a block of attention, as `nn.attend` cuts long texts.
-_ATTENTION_BLOCK = 512
-# What activations and the parameters of inference are in.
-_DTYPE = jnp.bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is to run, and where.
-
-    Attributes:
-      config: of the model.
-      topology: of the chips.
-      mesh: size of each of `MESH_AXES`.
-      mode: a train step, a prompt's pass, or a decode step.
-      batch: rows, of all chips together.
-      length: tokens of a row; in decode the slots of its cache.
-      options: of a train step.
-    """
-
-    config: ModelConfig
-    topology: Topology
-    mesh: tuple[tuple[str, int], ...]
-    mode: Mode
-    batch: int
-    length: int
-    options: TrainOptions = TrainOptions()  # noqa: RUF009, it is frozen
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The mesh as `sharding.axes.read_mesh` gives it."""
-        return dict(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +71,7 @@ class Plan:
       counts_all: whether the number of turns of every loop with a collective in it is known.
       weight_reads: how often a step reads the weights from memory; of a decode step.
       weight_copies: bytes of copies of weights that it makes in memory.
+      cache_copies: bytes of copies of the cache, before its new slot is written or after.
       seconds: the least that a step takes for "compute" and "memory", and of a compiled program for
         "interconnect".
       advice: what to change where it does not fit; else empty.
@@ -137,6 +93,7 @@ class Plan:
     counts_all: bool
     weight_reads: float | None
     weight_copies: int | None
+    cache_copies: int | None
     seconds: dict[str, float]
     advice: str
 
@@ -149,117 +106,6 @@ class Plan:
     def step_seconds(self) -> float:
         """The least that a step takes: all of them run beside each other."""
         return max(self.seconds.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A function under `jit`, what it is called with, and the named parts of that."""
-
-    function: Any
-    arguments: tuple[Any, ...]
-    parts: dict[str, Any]
-
-
-def _program(job: Job, mesh: Mesh | AbstractMesh) -> _Program:
-    """The program that would run, with abstract arguments laid out on `mesh`."""
-    config = job.config
-    model = Decoder(config, dispatch=_dispatch(job, mesh), mesh=mesh)
-    if job.mode == "train":
-        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1))
-        state = abstract_train_state(model, optimiser)
-        ids = _abstract((job.batch, job.length), jnp.int32, mesh, *_fitting(job, mesh))
-        step = make_train_step(model, optimiser, job.options)
-        parts = {"parameters": state.params, "optimiser": state.opt_state}
-        return _Program(step, (state, Batch(ids)), parts)
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, _DTYPE, sharding=sharding),
-        parameter_shapes(config),
-        parameter_shardings(config, mesh, parameter_shapes(config)),
-    )
-    cache = jax.eval_shape(lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh))
-    cache = jax.tree.map(
-        lambda leaf, sharding: leaf.update(sharding=sharding),
-        cache,
-        cache_shardings(config, mesh, cache),
-    )
-    parts = {"parameters": params, "cache": cache}
-    row = functools.partial(_abstract, (job.batch,), mesh=mesh)
-    rule = jax.tree.map(lambda x: _abstract((), x.dtype, mesh), SamplingOptions().rule())
-    if job.mode == "decode":
-        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.batch)).dtype
-        state = DecodeState(
-            cache, row(dtype=jnp.int32), row(dtype=key), _abstract((), jnp.int32, mesh), None
-        )
-        return _Program(decode_step, (model, params, state, row(dtype=jnp.int32), rule), parts)
-    text = functools.partial(_abstract, (job.batch, job.length), mesh=mesh)
-    ids, mask, positions = text(dtype=jnp.int32), text(dtype=bool), text(dtype=jnp.int32)
-    seed, rows = _abstract((), jnp.uint32, mesh), row(dtype=jnp.int32)
-    forced = row(dtype=jnp.int32)
-    arguments = (model, params, cache, ids, mask, positions, seed, rows, forced, rule)
-    return _Program(prefill, arguments, parts)
-
-
-def _abstract(
-    shape: tuple[int, ...], dtype: Any, mesh: Mesh | AbstractMesh, *logical: str | None
-) -> jax.ShapeDtypeStruct:
-    """An array on all devices, or laid out by its logical axes."""
-    sharding = Layout(mesh).sharding(*logical)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _fitting(job: Job, mesh: Mesh | AbstractMesh) -> tuple[str | None, ...]:
-    """Axes of a batch that divide; the others are padded by the program."""
-    shape = (job.batch, job.length)
-    return tuple(
-        name if size % num_shards(mesh, name) == 0 else None
-        for name, size in zip(TOKENS, shape, strict=True)
-    )
-
-
-def _dispatch(job: Job, mesh: Mesh | AbstractMesh) -> Any:
-    if job.config.moe is None:
-        return None
-    return choose_dispatch(_tokens_of_a_group(job, mesh), job.config.moe, "tpu")
-
-
-def _tokens_of_a_group(job: Job, mesh: Mesh | AbstractMesh) -> int:
-    """Tokens that meet each other at one set of experts."""
-    tokens = job.batch * (1 if job.mode == "decode" else job.length)
-    return -(-tokens // Layout.of(job.config, mesh).num_expert_groups)
-
-
-def _turns(job: Job, mesh: Mesh | AbstractMesh) -> float:
-    """Mean turns of the loops that depend on data: a decode step's experts, blocks of keys."""
-    if job.mode == "decode":
-        if job.config.moe is None:
-            return 1
-        moe = job.config.moe
-        # One for each choice, or a block of choices for each expert.
-        chosen = _tokens_of_a_group(job, mesh) * moe.num_experts_per_tok
-        return min(chosen, moe.num_experts) / num_shards(mesh, "experts")
-    # In a ring, a loop over each shard's keys.
-    blocks = -(-job.length // _ATTENTION_BLOCK)
-    return _seen(job) * blocks / num_shards(mesh, "length")
-
-
-def _filled(job: Job, mesh: Mesh | AbstractMesh) -> float:
-    """The share of rows at a device's experts that are tokens, if all experts have as many."""
-    shards = num_shards(mesh, "experts")
-    if job.config.moe is None or shards == 1:
-        return 1
-    k, own = job.config.moe.num_experts_per_tok, job.config.moe.num_experts // shards
-    # Where tokens are exchanged there is room for all that could come, else for all choices.
-    return k / (shards * min(k, own)) if pays_to_exchange(shards, k) else 1 / shards
-
-
-def _seen(job: Job) -> float:
-    """The share of blocks of queries and keys that attention computes: up to the diagonal."""
-    if job.mode == "decode":
-        return 1
-    blocks = -(-job.length // _ATTENTION_BLOCK)
-    # Dual Chunk Attention has three branches, which share them out.
-    branches = 1 if job.config.dual_chunk is None else len(RELATIONS)
-    return (blocks + 1) / (2 * blocks) / branches
 
 
 def _bytes_of_a_device(tree: Any) -> int:
@@ -276,30 +122,16 @@ def estimate(job: Job) -> Plan:
       UserError: the mesh does not fit the model or the topology, or the job is none.
     """
     check(job)
-    mesh = _mesh_of_no_devices(job)
-    program = _program(job, mesh)
+    mesh = mesh_of_no_devices(job)
+    program = build_program(job, mesh)
     parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
     traced = program.function.trace(*program.arguments)
     return _plan(job, parts, _traced_flops(job, mesh, traced))
 
 
 def _traced_flops(job: Job, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced) -> float:
-    filled = _filled(job, mesh)
-    return count_flops(traced.jaxpr, _turns(job, mesh), _seen(job), filled)
-
-
-def check(job: Job) -> None:
-    """Checks what can be checked before anything runs.
-
-    Raises:
-      UserError: as `estimate`.
-    """
-    for name in ("batch", "length"):
-        if getattr(job, name) < 1:
-            raise UserError(f"{name} = {getattr(job, name)} must be at least 1")
-    aot.check_devices(job.topology, job.sizes)
-    check_writes_text(job.config)
-    check_mesh(job.config, _mesh_of_no_devices(job), parameter_shapes(job.config))
+    filled = share_filled(job, mesh)
+    return count_flops(traced.jaxpr, mean_turns(job, mesh), share_seen(job), filled)
 
 
 def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
@@ -315,7 +147,7 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
     """
     check(job)
     mesh = aot.make_mesh(job.topology, job.sizes)
-    program = _program(job, mesh)
+    program = build_program(job, mesh)
     parts = {name: _bytes_of_a_device(tree) for name, tree in program.parts.items()}
     traced = program.function.trace(*program.arguments)
     flops = _traced_flops(job, mesh, traced)
@@ -333,7 +165,7 @@ def compile_plan(job: Job, *, with_xla_flops: bool = True) -> Plan:
 
 def _xla_flops(job: Job, mesh: Mesh, traced: jax.stages.Traced, compiled: aot.Compiled) -> float:
     """XLA's count on all chips, all turns of its loops; kernels and groups put right as traced."""
-    taken = count_flops(traced.jaxpr, _turns(job, mesh), as_xla=True)
+    taken = count_flops(traced.jaxpr, mean_turns(job, mesh), as_xla=True)
     unseen = _traced_flops(job, mesh, traced) - taken
     repeated = hlo.repeated_flops(hlo.read_module(compiled.hlo))
     return (compiled.flops + repeated) * job.topology.num_chips + unseen
@@ -345,7 +177,7 @@ def _extrapolated_xla_flops(job: Job, mesh: Mesh) -> float | None:
     def measure(config: ModelConfig) -> float:
         # Without a loop over layers, of which XLA would count one turn.
         options = dataclasses.replace(job.options, scan=False)
-        program = _program(dataclasses.replace(job, config=config, options=options), mesh)
+        program = build_program(dataclasses.replace(job, config=config, options=options), mesh)
         traced = program.function.trace(*program.arguments)
         return _xla_flops(job, mesh, traced, aot.compile_program(traced.lower()))
 
@@ -365,7 +197,7 @@ def _plan(
     xla_flops: float | None = None,
 ) -> Plan:
     memory, chip = dict(parts), job.topology.chip
-    traffic, counts_all, reads, copies = (), True, None, None
+    traffic, counts_all, buffers = (), True, _Buffers()
     available, needed = chip.hbm_bytes, sum(memory.values())
     moved = needed
     if error is not None:
@@ -383,7 +215,7 @@ def _plan(
         needed = compiled.peak
         moved = _bytes_moved(job, compiled)
         if job.mode == "decode":
-            reads, copies = _weight_reads(module)
+            buffers = _buffers(module)
     seconds = {
         "compute": traced_flops / job.topology.num_chips / chip.flops,
         "memory": moved / chip.hbm_bandwidth,
@@ -408,8 +240,9 @@ def _plan(
         xla_flops=xla_flops,
         traffic=traffic,
         counts_all=counts_all,
-        weight_reads=reads,
-        weight_copies=copies,
+        weight_reads=buffers.weight_reads,
+        weight_copies=buffers.weight_copies,
+        cache_copies=buffers.cache_copies,
         seconds=seconds,
         advice="" if fits else _advice(job, memory),
     )
@@ -425,16 +258,31 @@ def _bytes_moved(job: Job, compiled: aot.Compiled) -> int:
     return compiled.arguments + written + 2 * compiled.temporaries
 
 
-def _weight_reads(module: hlo.Module) -> tuple[float, int]:
-    """How often matrices are read, the one that is read most, and the bytes of their copies."""
+@dataclasses.dataclass(frozen=True)
+class _Buffers:
+    """What becomes of a decode step's weights and cache, as `Plan` has it."""
+
+    weight_reads: float | None = None
+    weight_copies: int | None = None
+    cache_copies: int | None = None
+
+
+def _buffers(module: hlo.Module) -> _Buffers:
+    arguments = hlo.argument_reads(module)
     weights = [
         reads
-        for name, reads in hlo.argument_reads(module).items()
+        for name, reads in arguments.items()
         if name.startswith("params") and name.endswith("['weight']")
     ]
     largest = max(reads.bytes for reads in weights)
     matrices = [reads for reads in weights if reads.bytes * 1000 > largest]
-    return max(reads.times for reads in matrices), sum(reads.copied for reads in weights)
+    caches = [reads for name, reads in arguments.items() if name.startswith("state.cache.layers")]
+    return _Buffers(
+        # Of the one that is read most.
+        weight_reads=max(reads.times for reads in matrices),
+        weight_copies=sum(reads.copied for reads in weights),
+        cache_copies=sum(reads.copied for reads in caches),
+    )
 
 
 def _traffic(found: Iterable[hlo.Collective]) -> tuple[Traffic, ...]:
@@ -533,18 +381,8 @@ def _candidates(job: Job) -> Iterator[Job]:
 
 def estimate_memory(job: Job) -> int:
     """Bytes of a chip that are taken before the program starts."""
-    parts = _program(job, _mesh_of_no_devices(job)).parts
+    parts = build_program(job, mesh_of_no_devices(job)).parts
     return sum(map(_bytes_of_a_device, parts.values()))
-
-
-def _mesh_of_no_devices(job: Job) -> AbstractMesh:
-    shape = tuple(job.sizes[axis] for axis in MESH_AXES)
-    return AbstractMesh(
-        shape,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        abstract_device=AbstractDevice("TPU", num_cores=None, platform="tpu"),
-    )
 
 
 def _extrapolated(job: Job) -> Plan:

@@ -240,21 +240,21 @@ def test_there_are_few_buckets():
 
 def test_many_lengths_run_few_programs(small):
     _, model, params = small
-    prefills, steps = decoding.prefill._cache_size(), decoding.decode_step._cache_size()
+    prefills, steps = decoding.prefill._cache_size(), decoding.decode_step("cpu")._cache_size()
     for length in range(1, 41):
         qwen_jax.generate(model, params, random_prompts([length]), 3, stop_ids=[])
     buckets = {bucket(length) for length in range(1, 41)}
     assert decoding.prefill._cache_size() - prefills <= len(buckets)
-    assert decoding.decode_step._cache_size() - steps <= len(buckets) + 1
+    assert decoding.decode_step("cpu")._cache_size() - steps <= len(buckets) + 1
 
 
 def test_a_short_prompt_compiles_one_decode_step(small):
     """The cache of the prompt alone would be full, and a program wasted, after a few tokens."""
     _, model, params = small
     options = SamplingOptions(repetition_penalty=1.01)
-    before = decoding.decode_step._cache_size()
+    before = decoding.decode_step("cpu")._cache_size()
     list(TokenStream(model, params, random_prompts([30]), 100, options, []))
-    assert decoding.decode_step._cache_size() - before == 1
+    assert decoding.decode_step("cpu")._cache_size() - before == 1
 
 
 def test_the_warning_about_positions_comes_once(tmp_path_factory):
@@ -322,7 +322,7 @@ def test_other_temperatures_compile_nothing(small):
         qwen_jax.generate(
             model, params, [[1, 2, 3]], 4, temperature, top_k=5, top_p=top_p, seed=seed
         )
-        counts.append((decoding.prefill._cache_size(), decoding.decode_step._cache_size()))
+        counts.append((decoding.prefill._cache_size(), decoding.decode_step("cpu")._cache_size()))
     assert counts[0] == counts[1]
 
 

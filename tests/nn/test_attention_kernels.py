@@ -18,7 +18,8 @@ from qwen_jax.nn.kernels.choose import Kernels
 from qwen_jax.sharding import aot
 from qwen_jax.sharding.axes import as_mesh, parameter_shardings, read_mesh
 from qwen_jax.sharding.chips import read_topology
-from qwen_jax.sharding.plan import Job, compile_plan
+from qwen_jax.sharding.jobs import Job
+from qwen_jax.sharding.plan import compile_plan
 from qwen_jax.training.train_step import TrainOptions
 from tests.sharding.models import make_config, random_params
 

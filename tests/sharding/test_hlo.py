@@ -175,6 +175,57 @@ def test_reads_of_single_instructions(use, read, copied):
     assert after.copied == copied * before.bytes
 
 
+# A buffer that is written in place three ways, one after the other, before the last instruction.
+WRITTEN = """\
+HloModule jit_f, num_partitions=1
+
+%write (p: bf16[4,16], q: bf16[1,16], at: s32[]) -> (f32[2], bf16[4,16]) {
+  %q = bf16[1,16]{1,0} parameter(1)
+  %p = bf16[4,16]{1,0} parameter(0)
+  %at = s32[] parameter(2)
+  %same = bf16[4,16]{1,0} bitcast(%p)
+  %written = bf16[4,16]{1,0} dynamic-update-slice(%same, %q, %at, %at)
+  %other = f32[2]{0} constant({0, 0})
+  ROOT %both = (f32[2]{0}, bf16[4,16]{1,0}) tuple(%other, %written)
+}
+
+ENTRY %main (cache: bf16[4,16], new: bf16[1,16], i: s32[]) -> bf16[4,16] {
+  %cache = bf16[4,16]{1,0} parameter(0), metadata={op_name="cache"}
+  %new = bf16[1,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %first = bf16[4,16]{1,0} dynamic-update-slice(%cache, %new, %i, %i)
+  %second = (f32[2]{0}, bf16[4,16]{1,0}) fusion(%first, %new, %i), kind=kLoop, calls=%write
+  %taken = bf16[4,16]{1,0} get-tuple-element(%second), index=1
+  %kernel = (f32[2]{0}, bf16[4,16]{1,0}) custom-call(%new, %taken), \
+custom_call_target="tpu_custom_call", output_to_operand_aliasing={{1}: (1, {})}
+  %third = bf16[4,16]{1,0} get-tuple-element(%kernel), index=1
+  ROOT %last = bf16[4,16]{0,1} copy(%third)
+}
+"""
+
+
+def test_copies_of_what_was_written_in_place_are_found():
+    size = 4 * 16 * 2
+    # The kernel is taken to read it whole, and the copy does.
+    assert hlo.argument_reads(hlo.read_module(WRITTEN))["cache"] == hlo.Reads(size, 2 * size, size)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("copy(%third)", "bitcast(%third)"),
+        # The last reads another result than the buffer.
+        ("(%kernel), index=1", "(%kernel), index=0"),
+        ("{{1}: (1, {})}", "{{1}: (0, {})}"),
+        ("(%second), index=1", "(%second), index=0"),
+        ("dynamic-update-slice(%same", "dynamic-slice(%same"),
+    ],
+)
+def test_what_is_not_that_buffer_or_no_copy_of_it_does_not_count(old, new):
+    assert old in WRITTEN
+    assert hlo.argument_reads(hlo.read_module(WRITTEN.replace(old, new)))["cache"].copied == 0
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.read_module("HloModule jit_f\n")

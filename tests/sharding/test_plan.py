@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from configs.models import get_preset
@@ -10,7 +11,8 @@ from qwen_jax.errors import UserError
 from qwen_jax.sharding import aot
 from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import read_topology
-from qwen_jax.sharding.plan import Job, compile_plan, estimate, place_of, sweep
+from qwen_jax.sharding.jobs import Job
+from qwen_jax.sharding.plan import compile_plan, estimate, place_of, sweep
 from qwen_jax.training.train_step import TrainOptions
 
 needs_libtpu = pytest.mark.skipif(
@@ -144,10 +146,37 @@ def test_a_decode_step_copies_neither_cache_nor_weights(batch):
     assert plan.memory["temporaries"] <= 0.05 * plan.memory["cache"] + 64e6
     assert plan.weight_reads == pytest.approx(1, abs=0.01)
     assert plan.weight_copies < 1e4
+    assert plan.cache_copies == 0
     assert plan.memory["outputs"] < 1e5
     assert sum(plan.memory.values()) == plan.needed
     assert plan.traffic == ()
     json.dumps(dataclasses.asdict(plan))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh"),
+    [
+        ("qwen3-0.6b", "v6e:1x1", "data:1"),
+        ("qwen3-32b", "v6e:2x2", "tensor:4"),
+        ("qwen3-coder-30b-a3b-instruct", "v6e:2x2", "tensor:4"),
+        ("qwen3.5-27b", "v6e:2x2", "tensor:4"),
+        ("qwen3-next-80b-a3b-instruct", "v6e:2x4", "tensor:8"),
+    ],
+)
+def test_whole_models_decode_within_the_bound(model, topology, mesh, batch):
+    job = job_of(get_preset(model), topology, mesh, "decode", batch, 2048)
+    with jax.default_matmul_precision("default"):  # As users have it, and other tests do not.
+        plan = compile_plan(job, with_xla_flops=False)
+    cache = plan.memory["cache"]
+    print(f"{model} at {batch}: {plan.memory['temporaries'] / 1e6:.0f} MB, cache {cache / 1e6:.0f}")
+    assert plan.fits
+    assert plan.memory["temporaries"] <= 0.05 * cache + 64e6
+    assert plan.weight_reads == pytest.approx(1, abs=0.01)
+    assert plan.weight_copies == 0
+    assert plan.cache_copies <= 0.01 * cache
 
 
 @needs_libtpu

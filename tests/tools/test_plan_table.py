@@ -53,26 +53,15 @@ def test_every_program_fits(figures):
         assert plan["fits"] and plan["needed"] <= plan["available"], row
 
 
-# Not yet within 5% of the cache and 64 MB.
-OVER_THE_BOUND = {
-    "qwen3-next-80b-a3b-instruct",
-    "qwen3.5-27b",
-    "qwen3.5-35b-a3b",
-    "qwen3.5-122b-a10b",
-    "qwen3.5-397b-a17b",
-}
-
-
-def test_decoding_copies_no_weights_and_what_needs_too_much_is_known(figures):
-    over = set()
+def test_decoding_needs_little_beside_weights_and_cache_and_copies_neither(figures):
     for row in (row for row in ROWS if row.mode == "decode"):
         plan = figures[row.model]
         memory = plan["memory"]
-        if memory["temporaries"] > 0.05 * memory["cache"] + 64e6:
-            over.add(row.model)
+        assert memory["temporaries"] <= 0.05 * memory["cache"] + 64e6, row
         assert plan["weight_reads"] == pytest.approx(1, abs=0.01), row
         assert plan["weight_copies"] == 0, row
-    assert over == OVER_THE_BOUND
+        # The windows of DeltaNet's convolutions, a thousandth of it, come in another layout.
+        assert plan["cache_copies"] <= 0.01 * memory["cache"], row
 
 
 def test_what_a_train_step_sends_is_what_the_arithmetic_says(figures):
