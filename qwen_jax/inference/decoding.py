@@ -188,7 +188,10 @@ class TokenStream:
 
     @property
     def _platform(self) -> str:
-        return self._params["embed_tokens"]["weight"].devices().pop().platform
+        weight = self._params["embed_tokens"]["weight"]
+        if isinstance(weight, jax.Array):
+            return next(iter(weight.devices())).platform
+        return jax.default_backend()
 
     def _prefill(self) -> DecodeState:
         lengths = np.array([len(prompt) for prompt in self._prompts])

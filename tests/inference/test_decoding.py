@@ -248,6 +248,13 @@ def test_many_lengths_run_few_programs(small):
     assert decoding.decode_step("cpu")._cache_size() - steps <= len(buckets) + 1
 
 
+def test_parameters_may_lie_on_the_host(small):
+    _, model, params = small
+    prompts = random_prompts([5, 9])
+    ours = qwen_jax.generate(model, params, prompts, 4, stop_ids=[])
+    assert qwen_jax.generate(model, jax.device_get(params), prompts, 4, stop_ids=[]) == ours
+
+
 def test_a_short_prompt_compiles_one_decode_step(small):
     """The cache of the prompt alone would be full, and a program wasted, after a few tokens."""
     _, model, params = small
