@@ -289,6 +289,10 @@ class _Blocks:
     number: jax.Array
 
 
+# Blocks by experts that are compared to take numbers for each block; above, they are gathered.
+_MOST_COMPARED = 2048
+
+
 def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     flat = chosen.reshape(-1)
     sizes = count_choices(flat, E)
@@ -298,12 +302,14 @@ def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     # Every expert but those without tokens may leave one block that is not full.
     most = flat.size // size + min(E, flat.size)
     index = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.sum(block_ends <= index[:, None], axis=1, dtype=jnp.int32)
-    of_expert = expert[:, None] == jnp.arange(E)
+    # Few are compared: on TPUs a gather is an operation, and memory, for each number that it takes.
+    method = "compare_all" if most * E <= _MOST_COMPARED else "scan"
+    expert = jnp.searchsorted(block_ends, index, side="right", method=method).astype(jnp.int32)
 
     def take(table: jax.Array) -> jax.Array:
-        # On TPUs a gather is an operation, and memory, for each number that it takes.
-        return jnp.sum(jnp.where(of_expert, table, 0), axis=1)
+        if method == "scan":
+            return table[expert]
+        return jnp.sum(jnp.where(expert[:, None] == jnp.arange(E), table, 0), axis=1)
 
     start = take(ends - sizes) + (index - take(block_ends - blocks)) * size
     return _Blocks(
