@@ -148,11 +148,11 @@ step. Decoding is one token a row behind a full cache; a train step has float32 
 rematerialised layers. All other figures are in [plans.json](plans.json). No step was timed.
 
 A decode step reads every weight once and copies none; of the cache it copies less than a hundredth,
-the windows of DeltaNet's convolutions. Its temporaries are at most 5% of the cache and 64 MB. Most
-of that are tables: in the lists of buffers of three of these programs
-(`XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text"`) each copy that runs beside other work and
-each operation with several results has 16 KB of its own. So the step is compiled without fetching
-weights in pieces, which had more than doubled them.
+the windows of DeltaNet's convolutions. Its temporaries are at most 5% of the cache and 64 MB. In
+three lists of buffers (`XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text"`), of the 72B, of 8
+layers of 27B and of 4 of Next-80B, most of that are tables: each copy that runs beside other work
+and each operation with several results has 16 KB of its own. So the step is compiled without
+fetching weights in pieces, which had more than doubled them in those two hybrids.
 
 {table(figures)}
 

@@ -289,7 +289,8 @@ class _Blocks:
     number: jax.Array
 
 
-# Blocks by experts that are compared to take numbers for each block; above, they are gathered.
+# Up to so many pairs of block and expert (8 KB), all are compared; more would take memory that
+# grows with the experts times the tokens.
 _MOST_COMPARED = 2048
 
 
