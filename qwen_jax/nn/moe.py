@@ -304,13 +304,17 @@ def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
     most = flat.size // size + min(E, flat.size)
     index = jnp.arange(most, dtype=jnp.int32)
     # Few are compared: on TPUs a gather is an operation, and memory, for each number that it takes.
-    method = "compare_all" if most * E <= _MOST_COMPARED else "scan"
-    expert = jnp.searchsorted(block_ends, index, side="right", method=method).astype(jnp.int32)
+    if most * E <= _MOST_COMPARED:
+        expert = jnp.sum(block_ends <= index[:, None], axis=1, dtype=jnp.int32)
+        of_expert = expert[:, None] == jnp.arange(E)
+    else:
+        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
+        of_expert = None
 
     def take(table: jax.Array) -> jax.Array:
-        if method == "scan":
+        if of_expert is None:
             return table[expert]
-        return jnp.sum(jnp.where(expert[:, None] == jnp.arange(E), table, 0), axis=1)
+        return jnp.sum(jnp.where(of_expert, table, 0), axis=1)
 
     start = take(ends - sizes) + (index - take(block_ends - blocks)) * size
     return _Blocks(
