@@ -289,9 +289,9 @@ class _Blocks:
     number: jax.Array
 
 
-# Up to so many pairs of block and expert (8 KB), all are compared; more would take memory that
+# Up to so many pairs of block and expert (32 KB), all are compared; more would take memory that
 # grows with the experts times the tokens.
-_MOST_COMPARED = 2048
+_MOST_COMPARED = 8192
 
 
 def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:

@@ -390,12 +390,12 @@ def equations(jaxpr, loops=0):
 def arrays(method, gradient):
     """(elements, the operation's name, loops it stands in) of each array that a step makes.
 
-    Of 64 experts and 200 tokens.
+    Of 128 experts and 200 tokens.
     """
-    spec = MoeSpec((0,), 64, 2, 5, True)
-    x, experts = jnp.ones((200, 6)), {"gate_proj": jnp.ones((64, 5, 6))}
-    experts |= {"up_proj": experts["gate_proj"], "down_proj": jnp.ones((64, 6, 5))}
-    routing = route(x, jnp.ones((64, 6)), spec)
+    spec = MoeSpec((0,), 128, 2, 5, True)
+    x, experts = jnp.ones((200, 6)), {"gate_proj": jnp.ones((128, 5, 6))}
+    experts |= {"up_proj": experts["gate_proj"], "down_proj": jnp.ones((128, 6, 5))}
+    routing = route(x, jnp.ones((128, 6)), spec)
 
     def loss(x, weights, experts):
         return jnp.sum(mix_experts(x, routing.replace(weights=weights), experts, method))
@@ -413,15 +413,15 @@ def test_blocks_hold_nothing_of_size_experts_times_tokens(gradient):
     for method in BLOCKS:
         # The largest array is that of the weights' gradient, or of the tokens.
         largest = max(elements for elements, _, _ in arrays(method, gradient))
-        assert largest == (64 * 5 * 6 if gradient else 200 * 6)
-    assert max(arrays(Dispatch.DENSE, gradient))[0] >= 64 * 200 * 6
+        assert largest == (128 * 5 * 6 if gradient else 200 * 6)
+    assert max(arrays(Dispatch.DENSE, gradient))[0] >= 128 * 200 * 6
 
 
 @pytest.mark.parametrize("method", BLOCKS)
 def test_a_block_writes_the_gradient_of_one_expert_only(method):
     """Not those of all experts, zero but for one, to be added up."""
     in_loops = [(n, name) for n, name, loops in arrays(method, gradient=True) if loops]
-    whole = {name for n, name in in_loops if n == 64 * 5 * 6}
+    whole = {name for n, name in in_loops if n == 128 * 5 * 6}
     assert whole == {"dynamic_update_slice"}
 
 
