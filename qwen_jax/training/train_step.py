@@ -260,9 +260,9 @@ class TrainStep:
         after, metrics = self.compiled(state.replace(frozen=None), state.frozen, batch)
         return after.replace(frozen=state.frozen), metrics
 
-    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """As `jax.jit`'s, for arrays or their shapes."""
-        return self.compiled.lower(state.replace(frozen=None), state.frozen, batch)
+        return self.compiled.trace(state.replace(frozen=None), state.frozen, batch)
 
 
 def make_train_step(
