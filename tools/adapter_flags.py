@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from qwen_jax.checkpoint.peft_config import read_peft_config
 from qwen_jax.checkpoint.peft_reader import load_adapter
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
@@ -21,10 +22,11 @@ USE_ADAPTER = flags.DEFINE_string(
 
 
 def read_flags() -> dict[str, Path]:
-    """The directory of each adapter by its name.
+    """The directory of each adapter by its name; the settings of each are read, to fail early.
 
     Raises:
-      UserError: an --adapter that is not NAME=DIR, a name that is given twice, or an unknown one.
+      UserError: an --adapter that is not NAME=DIR or not there, a name that is given twice, or an
+        unknown one.
     """
     found: dict[str, Path] = {}
     for text in ADAPTER.value:
@@ -34,6 +36,7 @@ def read_flags() -> dict[str, Path]:
         if name in found:
             raise UserError(f"--adapter={text}: the name {name} is given twice")
         found[name] = Path(directory).expanduser()
+        read_peft_config(found[name])
     if USE_ADAPTER.value is not None:
         _check_known("--use_adapter", USE_ADAPTER.value, found)
     return found

@@ -117,6 +117,8 @@ def read_peft_config(directory: Path) -> PeftConfig:
         (null, false or empty), as later versions write them.
     """
     path = directory / FILE
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give that of an adapter")
     fields = Fields(read_json_object(path), str(path))
     kind = fields.take("peft_type", "string")
     if kind != "LORA":

@@ -53,8 +53,6 @@ def load_adapter(
         missing, unknown, misshapen or not finite, by name.
     """
     directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give that of an adapter")
     peft = read_peft_config(directory)
     known = PublishedNames(config)
     updates = _read_updates(directory, peft, known)

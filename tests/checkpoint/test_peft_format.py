@@ -133,8 +133,11 @@ def random_adapters(params, targets, rank=3):
     [
         ("qwen3", TWO, ("layers_0/*/q_proj", "up_proj", "lm_head")),
         ("qwen3_moe", {**TWO, "mlp_only_layers": [0]}, ("mlp/*", "k_proj")),
-        ("qwen3_next", MIXED, ("*_proj", "mlp/gate", "shared_expert_gate")),
-        ("qwen3_next", MIXED, ("self_attn/gate_proj", "k_proj", "experts/up_proj", "b_proj")),
+        (
+            "qwen3_next",
+            MIXED,
+            ("self_attn/gate_proj", "k_proj", "experts/up_proj", "[vb]_proj", "shared_expert*"),
+        ),
         ("qwen3_5_moe_text", MIXED, ("linear_attn/*_proj", "mlp/*")),
     ],
 )
