@@ -288,6 +288,20 @@ def test_off_is_not_refused_nor_are_names_of_a_larger_model(small, tmp_path):
     assert first.scale == 1.5
 
 
+def test_on_a_mesh_an_adapter_lies_and_computes_as_its_weights_do(small, tmp_path):
+    base, model, params = small
+    write(tmp_path, QUERIES, target_modules=["q_proj"])
+    ids = random_ids(model, (2, 9))
+    own = attach(params, load_adapter(tmp_path, model.config))
+    expected = model.apply({"params": own}, ids).logits
+    spread, params = qwen_jax.load_pretrained(base, mesh="fsdp:2,tensor:2")
+    adapter = load_adapter(tmp_path, model.config, spread.mesh)
+    leaf = adapter["layers_0"]["self_attn"]["q_proj"]["weight"]
+    assert leaf.a.addressable_shards[0].data.shape == (4, 32)
+    assert leaf.b.addressable_shards[0].data.shape == (48, 4)
+    close(spread.apply({"params": attach(params, adapter)}, ids).logits, expected)
+
+
 def test_what_cannot_be_saved_is_refused(small, tmp_path):
     base, model, params = small
     with pytest.raises(UserError, match="the parameters have no adapter to save"):
