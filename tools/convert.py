@@ -5,6 +5,7 @@ python -m tools.convert --source=/data/qwen3-0.6b --target=/data/qwen3-0.6b-f32 
   --dtype=float32
 python -m tools.convert --source=/data/qwen3-0.6b --target=/data/qwen3-0.6b-int4 --format=hf \\
   --quantize=int4 --measure
+python -m tools.convert --source=/data/qwen3-0.6b --target=/data/merged --format=hf --adapter=DIR
 
 Tensors keep their bits unless --dtype is given; config.json, the tokenizer and the other files
 beside the weights come along, but for descriptions of a quantisation that is undone. The target
@@ -12,6 +13,8 @@ appears when it is complete, and not before.
 
 A quantised source (GPTQ, AWQ, FP8 or our own) is dequantised. --quantize rounds the linear layers
 and experts to 8 or 4 bits, with a scale for every 128 inputs, in a format that this package reads.
+
+--adapter merges a LoRA in PEFT's format into the weights.
 """
 
 from absl import flags
@@ -41,6 +44,9 @@ _QUANTIZE = flags.DEFINE_enum(
     list(QUANTIZATIONS),
     "With --format=hf: round linear layers and experts to this.",
 )
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Directory of a LoRA in PEFT's format, to merge into the weights."
+)
 _MEASURE = flags.DEFINE_bool(
     "measure",
     False,
@@ -53,11 +59,21 @@ def main() -> None:
     target = path(_TARGET)
     if _MEASURE.value and _QUANTIZE.value is None:
         raise UserError("--measure needs --quantize: it is of what quantising changes")
+    if _MEASURE.value and _ADAPTER.value is not None:
+        raise UserError("--measure is of what quantising changes; merge --adapter first")
     if _MEASURE.value:
         source = resolve_source(_SOURCE.value)
         check_language_model(source, "--measure compares; leave it out")
-    written = convert(_SOURCE.value, target, _FORMAT.value, _DTYPE.value, _QUANTIZE.value)
+    written = convert(
+        _SOURCE.value,
+        target,
+        _FORMAT.value,
+        _DTYPE.value,
+        _QUANTIZE.value,
+        adapter=None if _ADAPTER.value is None else path(_ADAPTER),
+    )
     notes = ", dequantised" if written.dequantised else ""
+    notes += f", {_ADAPTER.value} merged" if _ADAPTER.value is not None else ""
     if _QUANTIZE.value is not None:
         ratio = written.num_bytes / written.num_bytes_dense
         notes += f", {_QUANTIZE.value}: {ratio:.2f} of the size unquantised"

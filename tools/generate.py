@@ -5,6 +5,7 @@
     python -m tools.generate --model=DIR --input=prompts.jsonl --output=json
     python -m tools.generate --model=Qwen/Qwen3-8B --chat --thinking_budget=200 --prompt="Why?"
     python -m tools.generate --model=Qwen/Qwen2.5-Coder-7B --infill --input=holes.jsonl
+    python -m tools.generate --model=DIR --adapter=sql=DIR --use_adapter=sql --prompt="Select"
 
 One prompt streams; several run in batches. A line of --input holds
 
@@ -13,6 +14,9 @@ One prompt streams; several run in batches. A line of --input holds
 * with --infill, {"prefix": "...", "suffix": "..."} of a file, whose middle is then written. With
   {"repository": "name", "path": "a.py", "files": [{"path": "b.py", "content": "..."}]} besides,
   other files of its repository come first.
+
+A line's "adapter" picks one of several --adapter=NAME=DIR by name, null the model without any. The
+model is loaded once.
 
 --output=json writes each line's fields and adds text, token_ids, prompt_tokens and finish_reason.
 With --chat it also takes the text apart: reasoning (null if there is none), content, tool_calls
@@ -25,6 +29,7 @@ reads the same prompts, and the first one prints.
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -44,7 +49,7 @@ from qwen_jax.text import (
     parse_reply,
     repository_infill,
 )
-from tools import command_line, mesh_flag, processes, text_flags
+from tools import adapter_flags, command_line, mesh_flag, processes, text_flags
 from tools.jsonl_rows import as_json, read_rows
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
@@ -61,24 +66,29 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that run together."
 def main() -> None:
     """Reads the prompts, loads the model, writes the completions in order."""
     requests = _read_requests()
+    directories = adapter_flags.read_flags()
+    chosen = [adapter_flags.adapter_of(name, row, directories) for name, row in requests]
     processes.join(mesh_flag.MESH.value)
     session = text_flags.open_session()
     prompts = [_prompt_ids(session, name, request) for name, request in requests]
+    adapted = adapter_flags.load(session.model, session.params, directories)
     stop_ids = session.stop_ids
     if _INFILL.value:
         stop_ids = (*(stop_ids or ()), *infill_stop_ids(session.tokenizer))
     streaming = len(prompts) == 1 and _OUTPUT.value == "text"
-    for start in range(0, len(prompts), _BATCH_SIZE.value):
-        batch = prompts[start : start + _BATCH_SIZE.value]
+    waiting: dict[int, Completion] = {}
+    written = 0
+    for adapter, rows in _batches(chosen, _BATCH_SIZE.value):
+        batch = [prompts[row] for row in rows]
         stream = TokenStream(
             session.model,
-            session.params,
+            adapted[adapter],
             batch,
             session.max_new_tokens,
             session.options,
             stop_ids,
             text_flags.SEED.value,
-            first_row=start,
+            first_row=rows,
         )
         on_text = _write if streaming else lambda row, text: None
         completions, _ = complete(
@@ -89,14 +99,25 @@ def main() -> None:
             on_text,
             _thinking_budget(session.tokenizer, batch),
         )
-        for i, completion in enumerate(completions, start):
+        waiting |= zip(rows, completions, strict=True)
+        while written in waiting:
+            completion = waiting.pop(written)
             if streaming:
                 print()
             else:
-                record = {**requests[i][1], **_record(prompts[i], completion)}
+                record = {**requests[written][1], **_record(prompts[written], completion)}
                 if _CHAT.value:
-                    record |= _taken_apart(session.tokenizer, prompts[i], record)
-                _print_completion(i, len(prompts), record)
+                    record |= _taken_apart(session.tokenizer, prompts[written], record)
+                _print_completion(written, len(prompts), record)
+            written += 1
+
+
+def _batches(adapters: list[str | None], size: int) -> Iterator[tuple[str | None, list[int]]]:
+    """Rows that run together, all with one adapter: in order of their first."""
+    for adapter in dict.fromkeys(adapters):
+        rows = [row for row, own in enumerate(adapters) if own == adapter]
+        for start in range(0, len(rows), size):
+            yield adapter, rows[start : start + size]
 
 
 def _thinking_budget(tokenizer: Tokenizer, prompts: list[list[int]]) -> ThinkingBudget | None:

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from qwen_jax.checkpoint import names, orbax_format
+from qwen_jax.checkpoint.adapter_merge import merge_into
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import open_model
 from qwen_jax.checkpoint.nonfinite import all_finite, report_nonfinite
+from qwen_jax.checkpoint.peft_reader import load_adapter
 from qwen_jax.checkpoint.quantised import (
     FIELD,
     load_quantization,
@@ -65,6 +67,7 @@ def convert(
     dtype: str | None = None,
     quantize: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    adapter: str | Path | None = None,
 ) -> Converted:
     """Writes the checkpoint `source` as the new directory `target`.
 
@@ -85,9 +88,11 @@ def convert(
       quantize: int8 or int4, for the linear layers and experts, with `target_format` hf;
         embeddings, heads, routers and what else is small stay as they are. None for none.
       max_shard_size: of a safetensors file, in bytes.
+      adapter: the directory of one in PEFT's format, that is added to the weights in float32, each
+        rounded once; None for none. It is held in memory.
 
     Raises:
-      UserError: whatever is wrong with the source or the target.
+      UserError: whatever is wrong with the source, the adapter or the target.
     """
     target = Path(target).expanduser()
     check_vacant(target)
@@ -105,6 +110,9 @@ def convert(
     tensors = model.tensors
     if was_quantised and dtype is None:
         dtype = config.dtype
+    if adapter is not None:
+        update = load_adapter(adapter, model.config)
+        tensors = merge_into(tensors, update, None if dtype is None else np.dtype(dtype))
     bad: set[str] = set()
     if dtype is not None:
         tensors = {path: _cast(directory, tensor, dtype, bad) for path, tensor in tensors.items()}

@@ -480,6 +480,21 @@ def layers_of_fused_experts(stored: Iterable[str]) -> set[str]:
     return {name.removesuffix(_FUSED) for name in stored if name.endswith(_FUSED)}
 
 
+def sparse_layers(config: ModelConfig) -> set[str]:
+    """Beginnings of the names of the layers that have experts."""
+    names = (region.name for region in regions(config) if region.expert is not None)
+    return {name.partition("mlp.experts.")[0] for name in names}
+
+
+def known_name(name: str, known: Collection[str]) -> str | None:
+    """The one of the `known` names of the table that `name` is, however it begins; None for none.
+
+    `canonical_names` is for whole checkpoints, of which it can tell how their names begin.
+    """
+    found = [_PREFIXES[0] + name.removeprefix(p) for p in _PREFIXES if name.startswith(p)]
+    return next((candidate for candidate in (name, *found) if candidate in known), None)
+
+
 def leaf_at(tree: Mapping[str, Any], path: Path) -> Any:
     """The leaf of a nested dict at `path`."""
     for key in path:

@@ -87,6 +87,11 @@ class StoredTensor:
                     np.copyto(out[*block, ...], self.read(block), casting="unsafe")
 
 
+def in_memory(values: np.ndarray, name: str = "") -> StoredTensor:
+    """An array as a tensor of no file."""
+    return StoredTensor(name, None, values.shape, values.dtype, lambda index=(): values[index])
+
+
 def bounds(index: Index, shape: tuple[int, ...]) -> Index:
     """`index` with a slice for every axis of `shape`, and numbers for all ends."""
     parts = [*index, *(slice(None),) * (len(shape) - len(index))]
@@ -131,7 +136,7 @@ def open_checkpoint(directory: Path, quantised: bool = False) -> dict[str, Store
       UserError: no weights, a broken or truncated file, an index that contradicts its shards, a
         dtype that is not read.
     """
-    for single, open_file in (("model.safetensors", _open_safetensors),
+    for single, open_file in (("model.safetensors", open_safetensors),
                               ("pytorch_model.bin", _open_bin)):  # fmt: skip
         open_file = functools.partial(open_file, quantised=quantised)
         if (directory / single).is_file():
@@ -188,7 +193,8 @@ def _open_shards(
     return tensors
 
 
-def _open_safetensors(path: Path, quantised: bool) -> dict[str, StoredTensor]:
+def open_safetensors(path: Path, quantised: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name, as `open_checkpoint` gives those of several."""
     known = SAFETENSORS_DTYPES | (QUANTISED_DTYPES if quantised else {})
     try:
         # Checks header, offsets and length, so that what follows may trust them.

@@ -9,6 +9,7 @@ from qwen_jax.checkpoint.names import listed
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import parameter_shapes
+from qwen_jax.nn.low_rank import LowRankWeight
 from qwen_jax.nn.quantized import QuantizedWeight
 
 
@@ -16,9 +17,12 @@ def check_tree(config: ModelConfig, tree: Any, source: str | Path) -> None:
     """Checks that `tree` has the paths and shapes of `Decoder(config)`; `source` names it.
 
     Raises:
-      UserError: missing, unknown, misshapen or packed parameters, by name.
+      UserError: missing, unknown, misshapen or packed parameters, by name; adapters.
     """
-    for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight)):
+    known = QuantizedWeight | LowRankWeight
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, known)):
+        if isinstance(leaf, LowRankWeight):
+            raise UserError(f"{source}: has adapters; merge them, or save them by themselves")
         if isinstance(leaf, QuantizedWeight):
             raise UserError(f"{source}: has packed weights; load them dense to save them")
     found, wanted = _shapes(tree), _shapes(parameter_shapes(config))

@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ def write_tensors(
     files = _files(tensors, max_shard_size)
     with tqdm.tqdm(desc="writing", total=len(tensors), unit="tensor", disable=None) as bar:
         for file, order in files.items():
-            _write_safetensors(directory / file, {name: tensors[name] for name in order}, bar)
+            part = {name: tensors[name] for name in order}
+            write_safetensors(directory / file, part, on_tensor=bar.update)
     if len(files) > 1:
         total = sum(map(num_bytes, tensors.values()))
         weight_map = {name: file for file, order in files.items() for name in order}
@@ -189,8 +190,15 @@ def _files(tensors: Mapping[str, StoredTensor], max_shard_size: int) -> dict[str
     return {f"model-{i:05d}-of-{total:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqdm.tqdm) -> None:
-    """The file format of safetensors, a tensor at a time; its library wants all of them at once."""
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    on_tensor: Callable[[], Any] = lambda: None,
+) -> None:
+    """The file format of safetensors, a tensor at a time; its library wants all of them at once.
+
+    `on_tensor` is called after each. Give wider values first, so that all are aligned.
+    """
     # Older transformers refuse a file without this note of its layout.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -209,7 +217,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], bar: tqd
         for tensor in tensors.values():
             values = np.ascontiguousarray(tensor.read())
             file.write(memoryview(values.reshape(-1).view(np.uint8)))
-            bar.update()
+            on_tensor()
 
 
 def num_bytes(tensor: StoredTensor) -> int:

@@ -87,7 +87,7 @@ class TokenStream:
         stop_ids: Iterable[int] | None = None,
         seed: int = 0,
         cache: Cache | None = None,
-        first_row: int = 0,
+        first_row: int | Sequence[int] = 0,
     ):
         """Checks the prompts; nothing runs until the first step.
 
@@ -99,8 +99,9 @@ class TokenStream:
           stop_ids: ids that end a row; None takes the model's `eos_token_ids`.
           seed: of the draws, below 2**32; the same seed gives the same tokens.
           cache: of the tokens before the prompts; it is donated, so use `self.cache` afterwards.
-          first_row: number of the first prompt among those that share the seed, where a caller
-            cuts them into batches: each then draws as it would in one large batch.
+          first_row: number of the first prompt among those that share the seed, or those of all
+            prompts, where a caller cuts them into batches: each then draws as it would in one
+            large batch.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, no tokens to generate, a
@@ -119,7 +120,10 @@ class TokenStream:
         for stop_id in self._stop_ids:
             check_integer("stop id", stop_id, 0)
         self._max_new_tokens = max_new_tokens
-        self._seed, self._first_row = seed, first_row
+        self._seed = seed
+        if isinstance(first_row, int):
+            first_row = range(first_row, first_row + len(self._prompts))
+        self._rows = np.asarray(first_row, np.int32)
         self._active = [True] * len(self._prompts)
         self._forced = [collections.deque[int]() for _ in self._prompts]
         self._given = 0
@@ -218,7 +222,8 @@ class TokenStream:
                 cache = grow_cache(cache, self._roomy_capacity(), self._model.mesh)
         self._start_cache = None
         positions = np.where(mask, past[:, None] + columns, 0)
-        rows = self._first_row + np.arange(B)
+        # Those that only the mesh needs draw for nobody.
+        rows = np.pad(self._rows, (0, self._extra_rows))
         warn_if_longer(config, int((past + lengths).max()))
         return prefill(
             self._model,

@@ -7,7 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.nn.low_rank import LowRankWeight, add_update, base_of
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize
+
+Weight = jax.Array | QuantizedWeight | LowRankWeight
 
 # Numbers of a quantised weight that are dense at once: a few megabytes, which caches hold.
 _DENSE_AT_ONCE = 1 << 20
@@ -15,7 +18,7 @@ _DENSE_AT_ONCE = 1 << 20
 
 def linear(
     x: jax.Array,
-    weight: jax.Array | QuantizedWeight,
+    weight: Weight,
     bias: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
@@ -26,7 +29,8 @@ def linear(
 
     Args:
       x: [..., in].
-      weight: [out, in]; a quantised one is dequantised to x's dtype here and dropped again.
+      weight: [out, in]; a quantised one is dequantised to x's dtype here and dropped again. The
+        update of a low-rank one is computed in its own dtype and added last, as PEFT does.
       bias: [out] or None.
       out_dtype: of the product, x's by default.
 
@@ -34,9 +38,15 @@ def linear(
       [..., out].
     """
     out_dtype = out_dtype or x.dtype
-    multiply = _multiply_quantized if isinstance(weight, QuantizedWeight) else _multiply
-    y = multiply(x, weight, out_dtype)
-    return y if bias is None else y + bias
+    base = base_of(weight)
+    multiply = _multiply_quantized if isinstance(base, QuantizedWeight) else _multiply
+    y = multiply(x, base, out_dtype)
+    y = y if bias is None else y + bias
+    if isinstance(weight, LowRankWeight):
+        a, b = weight.a, weight.b
+        update = _multiply(_multiply(x.astype(a.dtype), a, a.dtype), b, b.dtype)
+        y = add_update(y, update, weight.scale)
+    return y
 
 
 def _multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -66,8 +76,10 @@ def _multiply_quantized(x: jax.Array, weight: QuantizedWeight, out_dtype: jnp.dt
     return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n_out)
 
 
-def as_dense(weight: jax.Array | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
-    """A quantised weight in `dtype`; a dense one as it is."""
+def as_dense(weight: Weight, dtype: jnp.dtype) -> jax.Array | LowRankWeight:
+    """A quantised weight in `dtype`, a dense one as it is; a low-rank one with such a base."""
+    if isinstance(weight, LowRankWeight):
+        return weight.replace(base=as_dense(weight.base, dtype))
     return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight
 
 

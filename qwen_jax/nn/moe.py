@@ -13,11 +13,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.nn.kernels.mosaic import kernel_precision
 from qwen_jax.nn.linear import as_dense, linear
+from qwen_jax.nn.low_rank import LowRankWeight, add_update
 
 # One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
 Leaf = Any
@@ -192,8 +194,8 @@ def mix_chosen(
     return out.astype(x.dtype).reshape(x.shape)
 
 
-def _as_dense(experts: Mapping[str, Leaf], dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Every leaf as one array [E, out, in], for products that run all experts at once."""
+def _as_dense(experts: Mapping[str, Leaf], dtype: jnp.dtype) -> dict[str, Leaf]:
+    """Every leaf with arrays to multiply with, for products that run all experts at once."""
     return {name: as_dense(leaf, dtype) for name, leaf in experts.items()}
 
 
@@ -224,7 +226,7 @@ def weigh_outputs(outputs: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _run_all(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, jax.Array], E: int
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, Leaf], E: int
 ) -> jax.Array:
     # A copy of the tokens for each expert keeps E a batch axis of the products; without, XLA on
     # CPU first makes transposed copies of the weights.
@@ -236,7 +238,7 @@ def _run_all(
 
 
 def _run_ragged(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, jax.Array], E: int
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: dict[str, Leaf], E: int
 ) -> jax.Array:
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
@@ -247,9 +249,16 @@ def _run_ragged(
         with kernel_precision(rows.dtype):
             return jax.lax.ragged_dot(rows, jnp.swapaxes(weight, 1, 2), sizes)
 
+    def project(rows: jax.Array, leaf: Leaf) -> jax.Array:
+        if not isinstance(leaf, LowRankWeight):
+            return multiply(rows, leaf)
+        update = multiply(multiply(rows.astype(leaf.a.dtype), leaf.a), leaf.b)
+        scale = leaf.scale.at[flat[order]].get(mode="clip")
+        return add_update(multiply(rows, leaf.base), update, scale[:, None])
+
     rows = x[order // chosen.shape[1]]
-    hidden = nn.silu(multiply(rows, experts["gate_proj"])) * multiply(rows, experts["up_proj"])
-    outputs = multiply(hidden, experts["down_proj"])
+    hidden = nn.silu(project(rows, experts["gate_proj"])) * project(rows, experts["up_proj"])
+    outputs = project(hidden, experts["down_proj"])
     # Rows beyond the last group belong to no expert.
     outputs = jnp.where((flat[order] < E)[:, None], outputs, 0)
     back = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
@@ -260,7 +269,7 @@ def _run_buffers(
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
-    experts: dict[str, jax.Array],
+    experts: dict[str, Leaf],
     E: int,
     capacity: int,
 ) -> jax.Array:
@@ -375,8 +384,28 @@ def _run_blocks(
     return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros(x.shape, jnp.float32))
 
 
+@flax.struct.dataclass
+class _Saved:
+    """What the backward pass of `_run_blocks` needs.
+
+    Attributes:
+      x, weights, experts, blocks: its arguments.
+      learned: places among the leaves of `experts` of those whose gradient is asked for.
+    """
+
+    x: jax.Array
+    weights: jax.Array
+    experts: dict[str, Leaf]
+    blocks: _Blocks
+    learned: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
 def _run_blocks_forward(x, weights, experts, blocks, size):
-    return _run_blocks(x, weights, experts, blocks, size), (x, weights, experts, blocks)
+    # The gradient of all experts is as large as they are: none for those that are frozen, beside
+    # adapters, or packed.
+    learned = tuple(i for i, leaf in enumerate(jax.tree.leaves(experts)) if leaf.perturbed)
+    arguments = custom_vjp_primal_tree_values((x, weights, experts, blocks))
+    return _run_blocks(*arguments, size), _Saved(*arguments, learned)
 
 
 def _run_blocks_backward(size, saved, cotangent):
@@ -385,17 +414,17 @@ def _run_blocks_backward(size, saved, cotangent):
     Blocks come in order of their experts, so the gradient of one expert is summed in float32 and
     written over its place in the whole; no other array has the size of all experts.
     """
-    x, weights, experts, blocks = saved
+    x, weights, blocks, learned = saved.x, saved.weights, saved.blocks, saved.learned
+    if isinstance(cotangent, SymbolicZero):
+        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
     k = weights.shape[1]
-    leaves, structure = jax.tree.flatten(experts)
-    # Packed weights have integers, which have no gradient.
-    learned = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    leaves, structure = jax.tree.flatten(saved.experts)
 
     def body(i, carry):
         dx, dweights, dexpert, dlearned = carry
         choices, valid = _rows(blocks, i, size)
         tokens, index = choices // k, blocks.expert[i]
-        expert = jax.tree.leaves(_take_expert(experts, index))
+        expert = jax.tree.leaves(_take_expert(saved.experts, index))
 
         def run(x, weights, parts):
             changed = dict(zip(learned, parts, strict=True))
@@ -436,7 +465,7 @@ def _run_blocks_backward(size, saved, cotangent):
     return dx.astype(x.dtype), dweights.reshape(weights.shape), dexperts, None
 
 
-_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward, symbolic_zeros=True)
 
 
 def choose_dispatch(

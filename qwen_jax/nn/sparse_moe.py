@@ -12,6 +12,7 @@ from qwen_jax.config import ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.linear import Linear, fetch_param
+from qwen_jax.nn.low_rank import base_of
 from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.moe import (
     Dispatch,
@@ -71,7 +72,7 @@ class SparseMoe(nn.Module):
         num_tokens = at_once if num_tokens is None else num_tokens
         if layout is not None:
             at_once //= layout.num_expert_groups
-        packed = any(isinstance(leaf, QuantizedWeight) for leaf in experts.values())
+        packed = any(isinstance(base_of(leaf), QuantizedWeight) for leaf in experts.values())
         method = self.dispatch
         if method is None:
             platform = jax.default_backend() if layout is None else layout.platform
@@ -121,7 +122,7 @@ class _Experts(nn.Module):
 
 
 def _route_on_shards(
-    x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None, layout: Layout | None
+    x: jax.Array, weight: Leaf, spec: MoeSpec, real: jax.Array | None, layout: Layout | None
 ) -> Routing:
     """`route` on each device for its own tokens, the counts summed over all."""
     if layout is None:
@@ -132,7 +133,8 @@ def _route_on_shards(
         return routing.replace(counts=jax.lax.psum(routing.counts, layout.axes_of(*TOKENS)))
 
     out_axes = Routing(HIDDEN, HIDDEN, HIDDEN, counts=(None,), dropped=())
-    return on_shards(shard, layout, (HIDDEN, (None, None), TOKENS), out_axes)(x, weight, real)
+    whole = jax.tree.map(lambda a: (None,) * a.ndim, weight)
+    return on_shards(shard, layout, (HIDDEN, whole, TOKENS), out_axes)(x, weight, real)
 
 
 def _mix_on_shards(
@@ -190,12 +192,13 @@ def _axes_in_use(name: str, leaf: Leaf, layout: Layout) -> Any:
         logical = parameter_axes(f"{parameter}/{inside}" if inside else parameter)
         return tuple(None if axis == "hidden" else axis for axis in logical)
 
-    if isinstance(leaf, QuantizedWeight) and axes((), leaf.values)[-1] == "width":
-        shards, groups = num_shards(layout.mesh, "width"), leaf.scales.shape[-1]
-        whole = groups % shards == 0 and groups * leaf.group_size == leaf.shape[-1]
-        if shards > 1 and (leaf.group_of is not None or not whole):
+    base = base_of(leaf)
+    if isinstance(base, QuantizedWeight) and parameter_axes(parameter)[-1] == "width":
+        shards, groups = num_shards(layout.mesh, "width"), base.scales.shape[-1]
+        whole = groups % shards == 0 and groups * base.group_size == base.shape[-1]
+        if shards > 1 and (base.group_of is not None or not whole):
             raise UserError(
-                f"{parameter}: packed in {groups} groups of {leaf.group_size} inputs, which "
+                f"{parameter}: packed in {groups} groups of {base.group_size} inputs, which "
                 f"{shards} shards of its width would cut through or find out of order; load it "
                 "dense, or give a mesh with a smaller tensor axis"
             )

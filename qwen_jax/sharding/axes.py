@@ -271,17 +271,31 @@ def _is_logical(node: Any) -> bool:
 # The arrays of `nn.quantized.QuantizedWeight`.
 _PACKED = re.compile("/(values|scales|zeros|group_of)$")
 
+# The parts of `nn.low_rank.LowRankWeight`, as the axes of the weight: the rank is not cut.
+_LOW_RANK = re.compile("(?<=/weight)/(base|a|b|scale)$")
+_PARTS: dict[str, Callable[[tuple[str | None, ...]], tuple[str | None, ...]]] = {
+    "base": lambda weight: weight,
+    "a": lambda weight: (*weight[:-2], None, weight[-1]),
+    "b": lambda weight: (*weight[:-1], None),
+    "scale": lambda weight: weight[:-2],
+}
+
 
 def parameter_axes(path: str) -> tuple[str | None, ...]:
-    """The logical axes of the parameter at a slash-separated path, or of an array of a packed one.
+    """The logical axes of the parameter at a slash-separated path, or of an array of one that is
+    packed or has a low-rank update.
 
     Raises:
       KeyError: no row of `PARAMETERS` is about it.
     """
     packed = _PACKED.search(path)
     weight = path[: packed.start()] if packed else path
+    part = _LOW_RANK.search(weight)
+    weight = weight[: part.start()] if part else weight
     for pattern, logical in PARAMETERS.items():
         if re.search(rf"(^|/){pattern}$", weight):
+            if part:
+                logical = _PARTS[part[1]](logical)
             # The outputs have their groups in common.
             in_common = packed and packed[1] == "group_of"
             return (*logical[:-2], logical[-1]) if in_common else logical

@@ -5,6 +5,7 @@ segments, each a pattern of layers that repeats; the segment's scan runs over th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.attention import Tokens
 from qwen_jax.sharding.axes import parameter_sharding
@@ -71,15 +73,37 @@ def stack_layers(config: ModelConfig, params: Params) -> dict[str, Any]:
 
     In place of `layers_0`, `layers_1` and so on there is `segments_{s}/layers_{place}` with the
     leaves of all repeats, [repeats, ...]. Other entries stay.
+
+    Raises:
+      UserError: layers of a segment differ, as where some of them have adapters.
     """
     stacked = {key: value for key, value in params.items() if not key.startswith("layers_")}
     for s, segment in enumerate(segments(config)):
         places = {}
         for place in range(segment.period):
             layers = [params[_layer(segment.index(r, place))] for r in range(segment.repeats)]
+            for r, layer in enumerate(layers):
+                _check_alike(segment.index(0, place), layers[0], segment.index(r, place), layer)
             places[_layer(place)] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         stacked[f"segments_{s}"] = places
     return stacked
+
+
+def _check_alike(i: int, one: Params, j: int, other: Params) -> None:
+    """Refuses two layers whose arrays differ in name or shape."""
+
+    def arrays(layer: Params) -> set[tuple[str, tuple[int, ...]]]:
+        leaves = jax.tree_util.tree_leaves_with_path(layer)
+        keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+        return {(keystr(path), leaf.shape) for path, leaf in leaves}
+
+    differing = sorted(arrays(one) ^ arrays(other))
+    if differing or jax.tree.structure(one) != jax.tree.structure(other):
+        what = differing[0][0] if differing else "how a weight is packed"
+        raise UserError(
+            f"layers {i} and {j} cannot be scanned together: {what} is not the same in both; "
+            "give them the same adapters, or set scan to False"
+        )
 
 
 def unstack_layers(config: ModelConfig, stacked: Params) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Parameters are float32 masters in the tree that `load_pretrained` returns. Each step makes a copy of
 them in the dtype that is computed with, the layers stacked for a scan if so wished, and
-differentiates through it.
+differentiates through it. Parameters that are frozen, beside adapters for one, stay in the dtype
+that they came in, or packed, and have neither gradients nor a place in the optimiser.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.models.placement import arrange
+from qwen_jax.nn.low_rank import LowRankWeight, cast, merged
 from qwen_jax.sharding.axes import parameter_shardings
 from qwen_jax.training.balancing import Pooling, balance_loss, router_z_loss
 from qwen_jax.training.layers import (
@@ -30,6 +32,7 @@ from qwen_jax.training.layers import (
     stacked_shardings,
 )
 from qwen_jax.training.loss import cross_entropy
+from qwen_jax.training.partition import Trained, combine, partition
 
 Metrics = dict[str, jax.Array]
 
@@ -63,13 +66,16 @@ class TrainState:
 
     Attributes:
       step: int32 [], how many updates were made.
-      params: float32, the tree of the model.
+      params: float32, the tree of the model; with frozen ones, None in their places.
       opt_state: of the optax optimiser.
+      frozen: the parameters that are not trained, in any dtype or packed, None in the places of
+        the others; None if all are trained. Steps hand on the same arrays.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    frozen: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,7 @@ def init_train_state(
     *,
     key: jax.Array | None = None,
     params: Params | None = None,
+    trained: Trained | None = None,
 ) -> TrainState:
     """The state before the first step, laid out on the model's mesh from the start.
 
@@ -131,15 +138,23 @@ def init_train_state(
       model: what is trained.
       optimiser: of `make_train_step`.
       key: to draw parameters from; the numbers do not depend on the mesh.
-      params: to begin with instead, of any float dtype. They are copied, so that a step's donation
-        leaves them alone.
+      params: to begin with instead, of any float dtype. Those that are trained are copied, so that
+        a step's donation leaves them alone; those that are frozen are shared, and never donated.
+      trained: of a parameter's slash-separated path, whether it is trained; None for all.
 
     Raises:
-      UserError: packed parameters, which have no gradients.
+      UserError: packed parameters, which have no gradients, are to be trained, or none is.
       ValueError: both a key and parameters, or neither.
     """
     if (key is None) == (params is None):
         raise ValueError("give a key to draw parameters from, or parameters")
+    frozen = None
+    if trained is not None:
+        if params is None:
+            raise ValueError("give parameters, to freeze some of them")
+        params, frozen = partition(params, trained)
+        if not jax.tree.leaves(params):
+            raise UserError("no parameter is trained; add adapters, or train all")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -156,30 +171,52 @@ def init_train_state(
         ids = jnp.zeros((1, 1), jnp.int32)
         return start(Decoder(model.config).init(key, ids)["params"])
 
-    shardings = train_shardings(model, optimiser)
+    shardings = None
+    if model.mesh is not None:
+        shapes = parameter_shapes(model.config) if params is None else _shapes(params)
+        state = _abstract_state(model, optimiser, shapes, _shapes(frozen))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        frozen = jax.device_put(frozen, shardings.frozen)
+        shardings = shardings.replace(frozen=None)
     make, source = (start, params) if key is None else (draw, key)
-    return jax.jit(make, out_shardings=shardings)(source)
+    return jax.jit(make, out_shardings=shardings)(source).replace(frozen=frozen)
 
 
-def abstract_train_state(model: Decoder, optimiser: optax.GradientTransformation) -> TrainState:
-    """The state as a tree of `jax.ShapeDtypeStruct`, with shardings if the model has a mesh."""
-    params = parameter_shapes(model.config)
+def abstract_train_state(
+    model: Decoder,
+    optimiser: optax.GradientTransformation,
+    params: Params | None = None,
+    trained: Trained | None = None,
+) -> TrainState:
+    """The state as a tree of `jax.ShapeDtypeStruct`, with shardings if the model has a mesh.
+
+    Args:
+      model, optimiser, trained: as for `init_train_state`.
+      params: or their shapes, where they are not what the config makes: with adapters, or packed.
+    """
+    shapes = parameter_shapes(model.config) if params is None else _shapes(params)
+    parts = (shapes, None) if trained is None else partition(shapes, trained)
+    return _abstract_state(model, optimiser, *parts)
+
+
+def _shapes(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+
+def _abstract_state(
+    model: Decoder, optimiser: optax.GradientTransformation, params: Any, frozen: Any = None
+) -> TrainState:
+    params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(jnp.float32)), params)
     opt_state = jax.eval_shape(optimiser.init, params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     if model.mesh is None:
-        return state
+        return state.replace(frozen=frozen)
 
     # An optimiser keeps trees like the parameters' within its state: what is at the end of a
     # parameter's path and of its shape lies where the parameter does. The rest is small.
     places = {
         path: (leaf.shape, leaf.sharding)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            jax.tree.map(
-                lambda leaf, sharding: leaf.update(sharding=sharding),
-                params,
-                parameter_shardings(model.config, model.mesh, params),
-            )
-        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_placed(model, params))
     }
     everywhere = NamedSharding(model.mesh, PartitionSpec())
 
@@ -188,7 +225,17 @@ def abstract_train_state(model: Decoder, optimiser: optax.GradientTransformation
         shape, sharding = next((places[end] for end in ends if end in places), (None, None))
         return leaf.update(sharding=sharding if leaf.shape == shape else everywhere)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    state = jax.tree_util.tree_map_with_path(place, state)
+    return state.replace(frozen=_placed(model, frozen))
+
+
+def _placed(model: Decoder, shapes: Any) -> Any:
+    """Shapes of parameters with where they lie on the model's mesh."""
+    return jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        shapes,
+        parameter_shardings(model.config, model.mesh, shapes),
+    )
 
 
 def train_shardings(model: Decoder, optimiser: optax.GradientTransformation) -> TrainState | None:
@@ -198,15 +245,43 @@ def train_shardings(model: Decoder, optimiser: optax.GradientTransformation) -> 
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(model, optimiser))
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled function that makes one update; see `make_train_step`.
+
+    It takes over the memory of the state that it is given, but for the frozen parameters, which are
+    read only: whoever else holds them keeps them, and nothing copies them.
+    """
+
+    compiled: Callable[..., tuple[TrainState, Metrics]]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The state after an update, and the metrics of the batch before it."""
+        after, metrics = self.compiled(state.replace(frozen=None), state.frozen, batch)
+        return after.replace(frozen=state.frozen), metrics
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """As `jax.jit`'s, for arrays or their shapes."""
+        return self.compiled.trace(state.replace(frozen=None), state.frozen, batch)
+
+
 def make_train_step(
     model: Decoder,
     optimiser: optax.GradientTransformation,
     options: TrainOptions = TrainOptions(),
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A compiled function that makes one update and takes over the memory of the state it is given.
+    state: TrainState | None = None,
+) -> TrainStep:
+    """The train step of a model.
 
     The metrics are those of `objective`, and "grad_norm", of the gradients before the optimiser
     clips them.
+
+    Args:
+      model: what is trained.
+      optimiser: of the state.
+      options: how a step computes.
+      state: or its shapes, where some parameters are frozen and the model has a mesh: the step
+        lays out what it returns as that is.
 
     Raises:
       UserError: the model's head does not predict tokens.
@@ -216,11 +291,14 @@ def make_train_step(
             f"the model has a {model.config.head.value} head, which predicts no tokens; train a "
             "language model"
         )
-    shardings = train_shardings(model, optimiser)
+    shardings = None
+    if model.mesh is not None:
+        state = abstract_train_state(model, optimiser) if state is None else state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective(model, params, batch, options)
+            return objective(model, combine(params, frozen), batch, options)
 
         gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
         if shardings is not None:
@@ -232,14 +310,16 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     if shardings is None:
-        return jax.jit(step, donate_argnums=0)
+        return TrainStep(jax.jit(step, donate_argnums=0))
     everywhere = NamedSharding(model.mesh, PartitionSpec())
-    return jax.jit(
+    moving = shardings.replace(frozen=None)
+    compiled = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, None),
-        out_shardings=(shardings, everywhere),
+        in_shardings=(moving, shardings.frozen, None),
+        out_shardings=(moving, everywhere),
     )
+    return TrainStep(compiled)
 
 
 def objective(
@@ -257,7 +337,7 @@ def objective(
     """
     config = model.config
     with jax.named_scope("cast"):
-        params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
+        params = cast(params, options.dtype)
         if options.scan:
             params = stack_layers(config, params)
             if model.mesh is not None:
@@ -277,6 +357,8 @@ def objective(
     targets, weights = _targets(batch)
     head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
     with jax.named_scope("loss"):
+        if isinstance(head, LowRankWeight):
+            head = merged(head, head.dtype)
         total, sums = cross_entropy(
             x,
             head,
