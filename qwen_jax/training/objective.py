@@ -198,8 +198,8 @@ def sums_ahead(model: Decoder, params: Params, parts: Batch, options: TrainOptio
         if router is not None and _balance_coefficient(model, options):
             router = _run(model, params, batch, options)[2]
         elif router is not None:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), router)
-            router = zeros.replace(tokens=jnp.full_like(zeros.tokens, _real(batch).sum()))
+            router = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), router)
+            router = router.replace(tokens=_routed_tokens(batch, router.tokens, steps))
         return Sums(weights, jnp.zeros_like(weights), jnp.zeros(()), router)
 
     sums = jax.lax.map(part_sums, parts)
@@ -260,25 +260,38 @@ def _run(
     x, router = run(model, params, x, tokens, options.remat)
     hidden, routers = [model.apply(variables, x, method="finish")], [router]
 
-    def look_ahead(params: Params, x: jax.Array, next_ids: jax.Array, step: int) -> Any:
-        x, routing = model.apply({"params": params}, x, next_ids, tokens, step, method="look_ahead")
+    def look_ahead(params: Params, x: jax.Array, ids: jax.Array, own: Tokens, step: int) -> Any:
+        x, routing = model.apply({"params": params}, x, ids, own, step, method="look_ahead")
         if routing is None:
             return x, None
-        return x, jax.tree.map(lambda a: a[None], sum_routing(routing, tokens.real))
+        return x, jax.tree.map(lambda a: a[None], sum_routing(routing, own.real))
 
-    next_ids = batch.input_ids
+    next_ids, has_next = batch.input_ids, _real(batch)
     for step in range(_num_predictions(model, options) - 1):
-        # A text's last token joins a stranger behind it; no other token sees what comes of that.
-        next_ids = _shift(next_ids)
+        # A text's last token joins a stranger behind it; no other token sees what comes of that,
+        # and it does not count among those that are routed.
+        next_ids, has_next = _shift(next_ids), _shift(has_next) & _follows(batch)
+        own = tokens.replace(real=arrange(tokens, has_next))
         head = functools.partial(look_ahead, step=step)
         with jax.named_scope("mtp"):
             head = rematerialise(head, options.remat, in_loop=False)
-            x, router = head(params, hidden[-1], arrange(tokens, next_ids))
+            x, router = head(params, hidden[-1], arrange(tokens, next_ids), own)
         hidden.append(x)
         routers.append(router)
     routers = [router for router in routers if router is not None]
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers) if routers else None
     return hidden, tokens, joined
+
+
+def _routed_tokens(batch: Batch, like: jax.Array, steps: int) -> jax.Array:
+    """How many tokens each sparse layer routes, those of the head last."""
+    real = has_next = _real(batch)
+    ahead = []
+    for _ in range(steps - 1):
+        has_next = _shift(has_next) & _follows(batch)
+        ahead.append(has_next.sum())
+    layers = [real.sum()] * (len(like) - len(ahead)) + ahead
+    return jnp.stack(layers).astype(like.dtype)
 
 
 def _num_predictions(model: Decoder, options: TrainOptions) -> int:
@@ -294,18 +307,24 @@ def _targets(batch: Batch, count: int) -> tuple[list[jax.Array], list[jax.Array]
     """What each token is to predict, [B, T], next and further on, and the float32 weights."""
     ids, targets, weights = batch.input_ids, batch.targets, batch.loss_weights
     weights = jnp.ones(ids.shape) if weights is None else weights.astype(jnp.float32)
+    if targets is None:
+        targets, weights = _shift(ids), _shift(weights) * _follows(batch)
+    else:
+        weights *= _real(batch)
+    found = [(targets, weights)]
+    while len(found) < count:
+        targets, weights = _shift(targets), _shift(weights) * _follows(batch)
+        found.append((targets, weights))
+    return [targets for targets, _ in found], [weights for _, weights in found]
+
+
+def _follows(batch: Batch) -> jax.Array:
+    """bool [B, T], whether a token of the same text stands behind each real one."""
     real = _real(batch)
     follows = real & _shift(real)
     if batch.segment_ids is not None:
         follows &= _shift(batch.segment_ids) == batch.segment_ids
-    if targets is None:
-        found = [(_shift(ids), _shift(weights) * follows)]
-    else:
-        found = [(targets, weights * real)]
-    while len(found) < count:
-        targets, weights = found[-1]
-        found.append((_shift(targets), _shift(weights) * follows))
-    return [targets for targets, _ in found], [weights for _, weights in found]
+    return follows
 
 
 def _real(batch: Batch) -> jax.Array:

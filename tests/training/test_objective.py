@@ -34,8 +34,9 @@ def weighted_batch(config, rows, length=12):
     return Batch(ids, attention_mask=mask, loss_weights=weights.astype(np.float32))
 
 
-@pytest.mark.parametrize("pooling", ["layer", "model"])
-@pytest.mark.parametrize("mesh", [None, "data:2,expert:2,tensor:2"])
+@pytest.mark.parametrize(
+    ("mesh", "pooling"), [(None, "layer"), ("data:2,expert:2,tensor:2", "model")]
+)
 def test_a_batch_in_parts_gives_the_update_of_the_whole(mesh, pooling):
     model, params = one_device(dataclasses.replace(CONFIGS["moe"], **AHEAD))
     model = model.clone(mesh=as_mesh(mesh))
@@ -152,8 +153,7 @@ def test_a_head_that_is_not_learned_gets_no_gradient():
     assert all(leaf.any() for leaf in jax.tree.leaves(gradients["layers_0"]))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_packed_texts_learn_further_tokens_as_by_themselves(scan):
+def test_packed_texts_learn_further_tokens_as_by_themselves():
     model, params = one_device(dataclasses.replace(CONFIGS["hybrid"], mtp_layers=1))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.config.vocab_size, (2, 9))
@@ -164,7 +164,7 @@ def test_packed_texts_learn_further_tokens_as_by_themselves(scan):
         positions=np.concatenate([np.arange(n) for n in lengths])[None],
         segment_ids=np.repeat([1, 2], lengths)[None],
     )
-    options = dataclasses.replace(EXACT, scan=scan, remat="full" if scan else "none", mtp_loss=1.0)
+    options = dataclasses.replace(EXACT, scan=True, remat="full", mtp_loss=1.0)
 
     @jax.jit
     def run(params, batch):
