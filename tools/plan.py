@@ -34,7 +34,7 @@ from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import Topology, read_topology
 from qwen_jax.sharding.jobs import Job
 from qwen_jax.sharding.plan import Plan, compile_plan, estimate, sweep
-from qwen_jax.training.train_step import TrainOptions
+from qwen_jax.training.objective import TrainOptions
 from tools import command_line
 from tools.plan_figures import as_json, draw_memory
 

@@ -68,7 +68,7 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
 
     # Writes that outlive the first failure find their event loop closed, now or later.
     sys.unraisablehook = skip_orphans
-    with _logs_silenced():
+    with logs_silenced():
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((directory / _FOLDER).absolute(), params)
@@ -226,7 +226,7 @@ def _broken(path: Path, reason: str | Exception) -> UserError:
 
 
 @contextlib.contextmanager
-def _logs_silenced() -> Iterator[None]:
+def logs_silenced() -> Iterator[None]:
     """Keeps from stderr what Orbax logs of a failure, since it raises it as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.disabled for logger in loggers]

@@ -180,6 +180,24 @@ class Decoder(nn.Module):
         """The last layer's output [B', T', D] behind the final norm."""
         return self.norm(x)
 
+    def look_ahead(
+        self, x: jax.Array, next_ids: jax.Array, tokens: Tokens, step: int = 0
+    ) -> tuple[jax.Array, Routing | None]:
+        """What the MTP head makes of `finish`'s output, before the output head: [B', T', D].
+
+        Args:
+          x: [B', T', D], of `finish`, or of this with the step before.
+          next_ids: int [B', T'], the token that follows each, through `placement.arrange`.
+          tokens: as `begin` returns them.
+          step: how many tokens further than the first.
+
+        Returns:
+          [B', T', D], and the routing of the head's layer; None for a dense one.
+        """
+        embedded = _embed(self.embed_tokens(), next_ids, tokens.layout)
+        x, _, routing = self.mtp(embedded, x, tokens, None, step)
+        return x, routing
+
     @nn.nowrap
     def layer(self, i: int) -> nn.Module:
         """The i-th layer by itself.

@@ -30,7 +30,8 @@ from qwen_jax.sharding.axes import (
 )
 from qwen_jax.sharding.chips import Topology
 from qwen_jax.sharding.flops import Mode
-from qwen_jax.training.train_step import Batch, TrainOptions, abstract_train_state, make_train_step
+from qwen_jax.training.objective import Batch, TrainOptions
+from qwen_jax.training.train_step import abstract_train_state, make_train_step
 
 # Queries and keys of a block of attention, as `nn.attend` cuts long texts.
 _ATTENTION_BLOCK = 512

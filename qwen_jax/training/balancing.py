@@ -43,7 +43,9 @@ def sum_routing(routing: Routing, real: jax.Array | None = None) -> RouterSums:
     )
 
 
-def balance_loss(sums: RouterSums, pooling: Pooling = "layer") -> jax.Array:
+def balance_loss(
+    sums: RouterSums, pooling: Pooling = "layer", whole: RouterSums | None = None
+) -> jax.Array:
     """`E * sum_i f_i P_i` (arXiv 2101.03961), over the tokens of all devices.
 
     f_i is the number of choices of expert i by a token, with no gradient, and P_i its mean
@@ -53,11 +55,14 @@ def balance_loss(sums: RouterSums, pooling: Pooling = "layer") -> jax.Array:
       sums: of L layers, with a leading axis.
       pooling: "layer" for the mean of the layers' losses; "model" to pool their tokens first, as
         transformers does. Layers that each use few experts look even where those differ.
+      whole: where `sums` are of a part of a batch, those of all of it; f_i and the means are then
+        over the whole, and the parts' losses add up to its loss.
 
     Returns:
       float32 [].
     """
-    counts, probabilities, tokens = sums.counts, sums.probabilities, sums.tokens
+    whole = sums if whole is None else whole
+    counts, probabilities, tokens = whole.counts, sums.probabilities, whole.tokens
     if pooling == "model":
         counts, probabilities, tokens = (
             a.sum(axis=0, keepdims=True) for a in (counts, probabilities, tokens)
@@ -67,6 +72,10 @@ def balance_loss(sums: RouterSums, pooling: Pooling = "layer") -> jax.Array:
     return E * jnp.sum((counts / tokens) * (probabilities / tokens), axis=-1).mean()
 
 
-def router_z_loss(sums: RouterSums) -> jax.Array:
-    """The mean over tokens and layers of `logsumexp(logits)**2` (arXiv 2202.08906), float32 []."""
-    return sums.log_z_squared.sum() / jnp.maximum(sums.tokens.sum(), 1)
+def router_z_loss(sums: RouterSums, whole: RouterSums | None = None) -> jax.Array:
+    """The mean over tokens and layers of `logsumexp(logits)**2` (arXiv 2202.08906), float32 [].
+
+    `whole` as for `balance_loss`.
+    """
+    tokens = (sums if whole is None else whole).tokens
+    return sums.log_z_squared.sum() / jnp.maximum(tokens.sum(), 1)

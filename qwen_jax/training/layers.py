@@ -194,6 +194,11 @@ def _layer_function(
         x, _, routing = layer.apply({"params": params}, x, tokens, None)
         return x, None if routing is None else sum_routing(routing, tokens.real)
 
+    return rematerialise(run, remat, in_loop)
+
+
+def rematerialise(run: Callable[..., Any], remat: Remat, in_loop: bool) -> Callable[..., Any]:
+    """`run`, of which the backward pass keeps what `run_layers` says of `remat`."""
     if remat == "none":
         return run
     # Within a loop there is nothing outside of it that XLA could share the second run with.

@@ -6,9 +6,9 @@ differentiates through it. Parameters that are frozen, beside adapters for one, 
 that they came in, or packed, and have neither gradients nor a place in the optimiser.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, get_args
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import flax.struct
 import jax
@@ -19,45 +19,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
-from qwen_jax.models.placement import arrange
-from qwen_jax.nn.low_rank import LowRankWeight, cast, merged
 from qwen_jax.sharding.axes import parameter_shardings
-from qwen_jax.training.balancing import Pooling, balance_loss, router_z_loss
-from qwen_jax.training.layers import (
-    Params,
-    Remat,
-    run_layers,
-    scan_layers,
-    stack_layers,
-    stacked_shardings,
+from qwen_jax.training.layers import Params
+from qwen_jax.training.objective import (
+    Batch,
+    Metrics,
+    Sums,
+    TrainOptions,
+    metrics_of,
+    objective,
+    sums_ahead,
 )
-from qwen_jax.training.loss import cross_entropy
 from qwen_jax.training.partition import Trained, combine, partition
 
-Metrics = dict[str, jax.Array]
-
-
-@flax.struct.dataclass
-class Batch:
-    """Tokens to learn from.
-
-    Attributes:
-      input_ids: int [B, T].
-      targets: int [B, T], what each token is to predict; None for the token after it.
-      loss_weights: float [B, T], of the targets; where those are None of the input ids, each as
-        what is predicted. None for 1.
-      attention_mask: [B, T], 1 for real tokens; padding is neither predicted nor learned from.
-      positions: int [B, T]; None for 0..T-1.
-      segment_ids: int [B, T], which of several texts in the row a token belongs to; it sees that
-        text only, and its last token predicts nothing.
-    """
-
-    input_ids: jax.Array
-    targets: jax.Array | None = None
-    loss_weights: jax.Array | None = None
-    attention_mask: jax.Array | None = None
-    positions: jax.Array | None = None
-    segment_ids: jax.Array | None = None
+_DEFAULTS = TrainOptions()
 
 
 @flax.struct.dataclass
@@ -76,52 +51,6 @@ class TrainState:
     params: Any
     opt_state: Any
     frozen: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How a step computes; clipping, schedules and decay are the optimiser's.
-
-    Attributes:
-      dtype: of the parameters' copy and the activations.
-      scan: whether layers of a kind are compiled once and scanned over their stacked weights, or
-        compiled one by one, which spares the copy and, on CPU, time.
-      remat: what is kept for the backward pass, as `training.layers.run_layers` has it.
-      z_loss: coefficient of the softmax's squared log denominator, mean over tokens.
-      balance_loss: coefficient of the experts' balancing loss; None for the config's.
-      balance_pooling: as `training.balancing.balance_loss` has it.
-      router_z_loss: coefficient of the routers' squared log denominator.
-      block_size: tokens of a device whose logits it holds at once.
-
-    Raises:
-      UserError: a value that none of these can have.
-    """
-
-    dtype: str = "bfloat16"
-    scan: bool = True
-    remat: Remat = "full"
-    z_loss: float = 0.0
-    balance_loss: float | None = None
-    balance_pooling: Pooling = "layer"
-    router_z_loss: float = 0.0
-    block_size: int = 1024
-
-    def __post_init__(self):
-        known = {
-            "dtype": ("float32", "bfloat16"),
-            "remat": get_args(Remat),
-            "balance_pooling": get_args(Pooling),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UserError(
-                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
-                )
-        for name in ("z_loss", "balance_loss", "router_z_loss"):
-            if not (getattr(self, name) or 0.0) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
-        if self.block_size < 1:
-            raise UserError(f"block_size = {self.block_size} must be at least 1")
 
 
 def init_train_state(
@@ -268,13 +197,16 @@ class TrainStep:
 def make_train_step(
     model: Decoder,
     optimiser: optax.GradientTransformation,
-    options: TrainOptions = TrainOptions(),
+    options: TrainOptions = _DEFAULTS,
     state: TrainState | None = None,
 ) -> TrainStep:
     """The train step of a model.
 
-    The metrics are those of `objective`, and "grad_norm", of the gradients before the optimiser
-    clips them.
+    Where the loss or a gradient is not finite no update is made: parameters and optimiser stay as
+    they are, and `step` counts on.
+
+    The metrics are those of `metrics_of`; "grad_norm", of the gradients before the optimiser clips
+    them; and "finite", whether the update was made.
 
     Args:
       model: what is trained.
@@ -284,7 +216,8 @@ def make_train_step(
         lays out what it returns as that is.
 
     Raises:
-      UserError: the model's head does not predict tokens.
+      UserError: the model's head does not predict tokens. When the step is called: rows that do not
+        divide by `microbatches`.
     """
     if model.config.head is not HeadKind.VOCABULARY:
         raise UserError(
@@ -297,16 +230,20 @@ def make_train_step(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective(model, combine(params, frozen), batch, options)
-
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
-        if shardings is not None:
-            gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
+        places = None if shardings is None else shardings.params
+        gradients, sums = _gradients(model, state.params, frozen, batch, options, places)
+        metrics = metrics_of(sums, options)
         with jax.named_scope("update"):
-            metrics["grad_norm"] = optax.tree.norm(gradients)
+            norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+        metrics |= {"grad_norm": norm, "finite": finite}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     if shardings is None:
@@ -322,91 +259,57 @@ def make_train_step(
     return TrainStep(compiled)
 
 
-def objective(
-    model: Decoder, params: Params, batch: Batch, options: TrainOptions
-) -> tuple[jax.Array, Metrics]:
-    """What training makes small: float32 [], to be differentiated by `params`.
+def make_evaluation(
+    model: Decoder, options: TrainOptions = _DEFAULTS
+) -> Callable[[Params, Iterable[Batch]], dict[str, float]]:
+    """A function of parameters and batches: the metrics of `metrics_of` over all of them.
 
-    Means are over the whole batch, whatever device has it: over the loss weights for the
-    vocabulary's terms, over real tokens for the routers'.
-
-    Returns:
-      The objective, and the metrics "loss" (the mean cross entropy in nats), "tokens" (the sum of
-      loss weights) and "z_loss"; with experts "balance_loss", "router_z_loss" and "expert_counts",
-      int32 [sparse layers, E]. Losses are before their coefficients.
+    Their names begin with "eval_"; experts' counts are left out.
     """
-    config = model.config
-    with jax.named_scope("cast"):
-        params = cast(params, options.dtype)
-        if options.scan:
-            params = stack_layers(config, params)
-            if model.mesh is not None:
-                places = stacked_shardings(config, model.mesh, params)
-                params = jax.lax.with_sharding_constraint(params, places)
-    x, tokens = model.apply(
-        {"params": params},
-        batch.input_ids,
-        batch.attention_mask,
-        batch.positions,
-        batch.segment_ids,
-        method="begin",
-    )
-    run = scan_layers if options.scan else run_layers
-    x, router = run(model, params, x, tokens, options.remat)
-    x = model.apply({"params": params}, x, method="finish")
-    targets, weights = _targets(batch)
-    head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
-    with jax.named_scope("loss"):
-        if isinstance(head, LowRankWeight):
-            head = merged(head, head.dtype)
-        total, sums = cross_entropy(
-            x,
-            head,
-            arrange(tokens, targets),
-            arrange(tokens, weights),
-            z_loss=options.z_loss,
-            block_size=options.block_size,
-            layout=tokens.layout,
+    run = jax.jit(lambda params, batch: objective(model, params, batch, options)[1])
+
+    def evaluate(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        sums = functools.reduce(
+            lambda a, b: jax.tree.map(jnp.add, a, b), (run(params, batch) for batch in batches)
         )
-    count = weights.sum()
-    # A batch with nothing to learn has loss 0 and no gradients.
-    share = jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)
-    loss = total * share
-    metrics = {
-        "loss": sums["cross_entropy"] * share,
-        "tokens": count,
-        "z_loss": sums["log_z_squared"] * share,
-    }
-    if router is not None:
-        balance = balance_loss(router, options.balance_pooling)
-        squares = router_z_loss(router)
-        coefficient = options.balance_loss
-        if coefficient is None:
-            coefficient = config.moe.aux_loss_coef
-        loss += coefficient * balance + options.router_z_loss * squares
-        metrics |= {
-            "balance_loss": balance,
-            "router_z_loss": squares,
-            "expert_counts": router.counts,
-        }
-    return loss, metrics
+        metrics = metrics_of(sums, options)
+        metrics.pop("expert_counts", None)
+        return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+    return evaluate
 
 
-def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What each token is to predict, and the float32 weight of that."""
-    ids, targets, weights = batch.input_ids, batch.targets, batch.loss_weights
-    weights = jnp.ones(ids.shape) if weights is None else weights.astype(jnp.float32)
-    real = jnp.ones(ids.shape, bool)
-    if batch.attention_mask is not None:
-        real = batch.attention_mask.astype(bool)
-    if targets is None:
-        targets, weights = _shift(ids), _shift(weights)
-        weights *= _shift(real)
-        if batch.segment_ids is not None:
-            weights *= _shift(batch.segment_ids) == batch.segment_ids
-    return targets, weights * real
+def _gradients(
+    model: Decoder,
+    params: Params,
+    frozen: Params | None,
+    batch: Batch,
+    options: TrainOptions,
+    places: Any,
+) -> tuple[Params, Sums]:
+    """Of the objective by `params`, laid out as `places` say; and the batch's sums."""
 
+    def part(batch: Batch, whole: Sums | None) -> tuple[Params, Sums]:
+        def loss(params: Params) -> tuple[jax.Array, Sums]:
+            return objective(model, combine(params, frozen), batch, options, whole)
 
-def _shift(a: jax.Array) -> jax.Array:
-    """What stands one place further on in each row; 0 behind its end."""
-    return jnp.pad(a[:, 1:], ((0, 0), (0, 1)))
+        gradients, sums = jax.grad(loss, has_aux=True)(params)
+        if places is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, places)
+        return gradients, sums
+
+    count, rows = options.microbatches, len(batch.input_ids)
+    if count == 1:
+        return part(batch, None)
+    if rows % count:
+        raise UserError(f"microbatches = {count} do not divide the batch's {rows} rows")
+    # Every `count`-th row to a part, so that a device's rows stay its own.
+    parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+    whole = sums_ahead(model, combine(params, frozen), parts, options)
+
+    def body(total: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part(batch, whole)), None
+
+    shapes = jax.eval_shape(part, jax.tree.map(lambda a: a[0], parts), whole)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(body, zeros, parts)[0]

@@ -20,7 +20,7 @@ from qwen_jax.sharding.axes import as_mesh, parameter_shardings, read_mesh
 from qwen_jax.sharding.chips import read_topology
 from qwen_jax.sharding.jobs import Job
 from qwen_jax.sharding.plan import compile_plan
-from qwen_jax.training.train_step import TrainOptions
+from qwen_jax.training.objective import TrainOptions
 from tests.sharding.models import make_config, random_params
 
 T = 256

@@ -26,9 +26,11 @@ import optax  # noqa: E402
 
 import qwen_jax  # noqa: E402
 from qwen_jax.checkpoint.orbax_format import save_orbax  # noqa: E402
-from qwen_jax.training.train_step import (  # noqa: E402
+from qwen_jax.training.objective import (  # noqa: E402
     Batch,
     TrainOptions,
+)
+from qwen_jax.training.train_step import (  # noqa: E402
     init_train_state,
     make_train_step,
 )

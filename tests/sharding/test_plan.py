@@ -13,7 +13,7 @@ from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import read_topology
 from qwen_jax.sharding.jobs import Job
 from qwen_jax.sharding.plan import compile_plan, estimate, place_of, sweep
-from qwen_jax.training.train_step import TrainOptions
+from qwen_jax.training.objective import TrainOptions
 
 needs_libtpu = pytest.mark.skipif(
     not aot.has_compiler(), reason="libtpu is not installed (requirements-dev.txt)"

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import qwen_jax
-from qwen_jax.training.train_step import Batch, TrainOptions, init_train_state, make_train_step
+from qwen_jax.training.objective import Batch, TrainOptions
+from qwen_jax.training.train_step import init_train_state, make_train_step
 from tests.reference import random_reference, save_reference
 
 ROOT = Path(__file__).parents[2]

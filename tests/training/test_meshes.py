@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec
 
 from qwen_jax.sharding.axes import Layout, as_mesh
 from qwen_jax.training.loss import cross_entropy
+from qwen_jax.training.objective import Batch, TrainOptions
 from qwen_jax.training.train_step import (
-    Batch,
-    TrainOptions,
     abstract_train_state,
     init_train_state,
     make_train_step,

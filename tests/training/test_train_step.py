@@ -13,13 +13,11 @@ import qwen_jax
 from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.training.objective import Batch, TrainOptions, metrics_of, objective
 from qwen_jax.training.train_step import (
-    Batch,
-    TrainOptions,
     abstract_train_state,
     init_train_state,
     make_train_step,
-    objective,
     train_shardings,
 )
 from tests.models.passes import padding, random_ids
@@ -134,7 +132,13 @@ def test_steps_of_adamw_equal_torch(case):
 
 def value(model, params, batch, **options):
     options = dataclasses.replace(EXACT, **options)
-    return jax.jit(lambda p, b: objective(model, p, b, options))(params, batch)
+
+    @jax.jit
+    def run(params, batch):
+        loss, sums = objective(model, params, batch, options)
+        return loss, metrics_of(sums, options)
+
+    return run(params, batch)
 
 
 def test_losses_are_weighted_and_summed_with_their_coefficients(small):
@@ -196,7 +200,8 @@ def test_packed_texts_are_learned_as_texts_by_themselves(case, scan):
     @jax.jit
     def run(params, batch):
         grad = jax.value_and_grad(lambda p: objective(model, p, batch, options), has_aux=True)
-        return grad(params)
+        (loss, sums), gradients = grad(params)
+        return (loss, metrics_of(sums, options)), gradients
 
     (loss, metrics), gradients = run(params, packed)
     (expected, expected_metrics), wanted = run(params, Batch(ids, attention_mask=mask))
@@ -215,6 +220,24 @@ def test_a_batch_with_nothing_to_learn_moves_nothing(small):
     state, metrics = make_train_step(model, optax.sgd(1.0), options)(state, batch)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
+
+
+@pytest.mark.parametrize("optimiser", [optax.adamw(1e-2), optax.sgd(1.0, momentum=0.9)])
+def test_an_update_that_is_not_finite_is_not_made(small, optimiser):
+    _, model, params = small
+    ids = random_ids(model, (2, 8))
+    step = make_train_step(model, optimiser, EXACT)
+    state, metrics = step(init_train_state(model, optimiser, params=params), Batch(ids))
+    assert metrics["finite"]
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, Batch(ids, loss_weights=np.full(ids.shape, np.inf)))
+    assert not metrics["finite"]
+    assert state.step == 2
+    jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
+    state, metrics = step(state, Batch(ids))
+    assert metrics["finite"]
+    assert (state.params["norm"]["weight"] != before.params["norm"]["weight"]).any()
 
 
 def test_a_step_does_not_take_the_parameters_it_was_begun_with(small):
@@ -282,6 +305,7 @@ def test_what_cannot_be_trained_is_refused(small):
         ("z_loss", -1.0, "z_loss = -1.0 must not be negative"),
         ("balance_loss", float("nan"), "balance_loss = nan must not be negative"),
         ("block_size", 0, "block_size = 0 must be at least 1"),
+        ("microbatches", 0, "microbatches = 0 must be at least 1"),
     ],
 )
 def test_options_that_are_none_are_refused(field, setting, message):

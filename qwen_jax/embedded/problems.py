@@ -1,0 +1,195 @@
+"""The problems that the embedded model learns: each with its steps and its answer.
+
+A problem is drawn from a seeded generator. Which ones are held out is decided by a hash of what is
+asked, so that no wording of a held-out problem is ever trained on.
+"""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable
+
+# One problem in so many is held out.
+_HELD_OUT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+      kind: as in `KINDS`.
+      operands: what identifies it, whatever its wording; the split is by this.
+      question: as a user asks.
+      steps: the way to the answer, a line each.
+      answer: right, and nothing else.
+      expression: for a calculator, where the problem is one for it.
+    """
+
+    kind: str
+    operands: str
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+    expression: str | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is for the evaluation, and never trained on."""
+        digest = hashlib.sha256(f"{self.kind} {self.operands}".encode()).digest()
+        return int.from_bytes(digest[:8]) % _HELD_OUT == 0
+
+
+def draw(rng: random.Random, kind: str, held_out: bool) -> Problem:
+    """A problem of a kind, from the trained ones or from those held out."""
+    while (problem := KINDS[kind](rng)).held_out != held_out:
+        pass
+    return problem
+
+
+def _number(rng: random.Random, digits: int) -> int:
+    """With so many digits at most; each length as likely."""
+    size = rng.randint(1, digits)
+    return rng.randint(10 ** (size - 1) if size > 1 else 0, 10**size - 1)
+
+
+def _add(rng: random.Random) -> Problem:
+    a, b = _number(rng, 5), _number(rng, 5)
+    question = rng.choice(
+        ["What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "{} 加 {} 等于多少？"]
+    ).format(a, b)
+    return Problem("add", f"{a} {b}", question, add_steps(a, b), str(a + b), f"{a} + {b}")
+
+
+def add_steps(a: int, b: int) -> tuple[str, ...]:
+    """Column by column from the right, with the carry."""
+    x, y = str(a)[::-1], str(b)[::-1]
+    steps, carry = [], 0
+    for i in range(max(len(x), len(y))):
+        p, q = (int(s[i]) if i < len(s) else 0 for s in (x, y))
+        total = p + q + carry
+        steps.append(f"{p} + {q} + {carry} = {total}: {total % 10} carry {total // 10}")
+        carry = total // 10
+    return tuple(steps)
+
+
+def _subtract(rng: random.Random) -> Problem:
+    a, b = sorted((_number(rng, 5), _number(rng, 5)), reverse=True)
+    question = rng.choice(
+        ["What is {} - {}?", "{} - {} = ?", "Take {1} from {0}.", "{} 减 {} 等于多少？"]
+    ).format(a, b)
+    x, y = str(a)[::-1], str(b)[::-1]
+    steps, borrow = [], 0
+    for i in range(len(x)):
+        p, q = int(x[i]), int(y[i]) if i < len(y) else 0
+        rest = p - q - borrow
+        steps.append(f"{p} - {q} - {borrow} = {rest}: {rest % 10} borrow {int(rest < 0)}")
+        borrow = int(rest < 0)
+    return Problem("subtract", f"{a} {b}", question, tuple(steps), str(a - b), f"{a} - {b}")
+
+
+def _multiply(rng: random.Random) -> Problem:
+    a, b = _number(rng, 3), rng.randint(2, 9)
+    question = rng.choice(
+        ["What is {} * {}?", "{} * {} = ?", "Multiply {} by {}.", "{} 乘 {} 等于多少？"]
+    ).format(a, b)
+    steps, carry = [], 0
+    for digit in map(int, reversed(str(a))):
+        total = digit * b + carry
+        steps.append(f"{digit} * {b} + {carry} = {total}: {total % 10} carry {total // 10}")
+        carry = total // 10
+    return Problem("multiply", f"{a} {b}", question, tuple(steps), str(a * b), f"{a} * {b}")
+
+
+_NAMES = "Anna Ben Chen Dora Emil Fang Gina Hugo Iris Jun Kai Lena Mei Nora Otto Ping".split()
+_PLACES = "box door safe locker drawer cabinet".split()
+
+
+def _look_up(rng: random.Random) -> Problem:
+    place = rng.choice(_PLACES)
+    names = rng.sample(_NAMES, rng.randint(3, 6))
+    keys = {name: "".join(rng.choices("0123456789", k=rng.randint(3, 5))) for name in names}
+    sentences = [f"The key of {name}'s {place} is {key}." for name, key in keys.items()]
+    for _ in range(rng.randint(0, 2)):
+        sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
+    who = rng.choice(names)
+    question = " ".join(sentences) + rng.choice(
+        [" What is {}'s key?", " Which key opens the {1} of {0}?", " {} 的钥匙是多少？"]
+    ).format(who, place)
+    found = f"The key of {who}'s {place} is {keys[who]}."
+    return Problem("look up", question, question, (found,), keys[who])
+
+
+_FILLERS = (
+    "The weather is fine today.",
+    "Lunch is at noon.",
+    "Please close the window.",
+    "The train was late again.",
+    "Nobody was in the room.",
+)
+
+
+def _sort(rng: random.Random) -> Problem:
+    numbers = [_number(rng, 2) for _ in range(rng.randint(3, 6))]
+    text = " ".join(map(str, numbers))
+    question = rng.choice(["Sort {}.", "Put in order: {}", "排序：{}"]).format(text)
+    steps, left = [], list(numbers)
+    while left:
+        least = min(left)
+        left.remove(least)
+        steps.append(f"{least}, left {' '.join(map(str, left)) or 'nothing'}")
+    answer = " ".join(map(str, sorted(numbers)))
+    return Problem("sort", text, question, tuple(steps), answer)
+
+
+def _reverse(rng: random.Random) -> Problem:
+    items = rng.sample(_WORDS, rng.randint(3, 6))
+    text = " ".join(items)
+    question = rng.choice(["Reverse {}.", "Write backwards: {}", "倒过来写：{}"]).format(text)
+    steps = tuple(f"{i}. {item}" for i, item in enumerate(items, 1))
+    return Problem("reverse", text, question, steps, " ".join(reversed(items)))
+
+
+_WORDS = "red blue green sun moon star cat dog bird tree river stone one two three four".split()
+
+_COUNTS = {"one": "一", "two": "两", "three": "三", "four": "四", "five": "五", "six": "六"}
+_COLOURS = {"red": "红", "blue": "蓝", "green": "绿", "white": "白", "black": "黑", "yellow": "黄"}
+_THINGS = {
+    "apple": ("个", "苹果"),
+    "cup": ("个", "杯子"),
+    "book": ("本", "书"),
+    "bird": ("只", "鸟"),
+    "cat": ("只", "猫"),
+    "car": ("辆", "车"),
+    "flower": ("朵", "花"),
+    "pen": ("支", "笔"),
+}
+
+
+def _translate(rng: random.Random) -> Problem:
+    count, colour, thing = (rng.choice(list(table)) for table in (_COUNTS, _COLOURS, _THINGS))
+    measure, noun = _THINGS[thing]
+    english = f"{count} {colour} {thing}{'s' * (count != 'one')}"
+    chinese = f"{_COUNTS[count]}{measure}{_COLOURS[colour]}{noun}"
+    parts = (
+        f"{count} {_COUNTS[count]}",
+        f"{colour} {_COLOURS[colour]}",
+        f"{thing} {measure}{noun}",
+    )
+    if rng.random() < 0.5:
+        question = rng.choice(["Say in Chinese: {}", "{} 用中文怎么说？"]).format(english)
+        return Problem("translate", english, question, parts, chinese)
+    question = rng.choice(["Say in English: {}", "{} 用英文怎么说？"]).format(chinese)
+    parts = tuple(" ".join(reversed(part.split())) for part in parts)
+    return Problem("translate", english, question, parts, english)
+
+
+KINDS: dict[str, Callable[[random.Random], Problem]] = {
+    "add": _add,
+    "subtract": _subtract,
+    "multiply": _multiply,
+    "look up": _look_up,
+    "sort": _sort,
+    "reverse": _reverse,
+    "translate": _translate,
+}

@@ -1,0 +1,158 @@
+"""The training loop, for a laptop and a pod alike."""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
+
+import grain
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from qwen_jax.errors import UserError
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.sharding.axes import Layout
+from qwen_jax.training.checkpoints import Checkpoints
+from qwen_jax.training.objective import Batch
+from qwen_jax.training.report import Reporter, Sink
+from qwen_jax.training.train_step import TrainState
+
+OnNonfinite = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How long a run is, and what happens on the way.
+
+    Attributes:
+      num_steps: updates.
+      checkpoint_every: steps between checkpoints; the last step has one anyway.
+      keep: how many of the newest checkpoints stay, beside the one of the least evaluation loss.
+      eval_every: steps between evaluations; 0 for none.
+      on_nonfinite: what follows a step whose loss or gradients are NaN or infinite, and which
+        changed nothing: "stop" the run with an error, or "skip" the batch.
+    """
+
+    num_steps: int
+    checkpoint_every: int = 500
+    keep: int = 2
+    eval_every: int = 0
+    on_nonfinite: OnNonfinite = "stop"
+
+    def __post_init__(self):
+        for name, least in (
+            ("num_steps", 1),
+            ("checkpoint_every", 1),
+            ("keep", 1),
+            ("eval_every", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"loop.{name} = {getattr(self, name)} must be at least {least}")
+        if self.on_nonfinite not in get_args(OnNonfinite):
+            known = ", ".join(get_args(OnNonfinite))
+            raise UserError(
+                f"loop.on_nonfinite = {self.on_nonfinite} is not supported; known: {known}"
+            )
+
+
+def train(
+    model: Decoder,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]],
+    state: TrainState,
+    data: grain.DatasetIterator,
+    options: LoopOptions,
+    checkpoints: Checkpoints,
+    open_sinks: Callable[[int], list[Sink]],
+    *,
+    schedule: optax.Schedule | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    flops: float | None = None,
+    peak: float | None = None,
+    every: int = 1,
+) -> tuple[TrainState, int]:
+    """Trains to the last step, from the newest checkpoint if there is one.
+
+    Args:
+      model: what is trained.
+      step: of `make_train_step`.
+      state: before the first step.
+      data: gives the batches of this process, dicts of numpy arrays with the fields of `Batch`.
+      options: of the loop.
+      checkpoints: of the run.
+      open_sinks: given the steps that were made, what takes the figures.
+      schedule: of the learning rate, to report it.
+      evaluate: figures of a state, "eval_loss" among them.
+      flops, peak, every: as `Reporter` has them.
+
+    Returns:
+      The state, and the steps that it has; fewer than asked for where SIGTERM came, after which the
+      run saves and leaves.
+
+    Raises:
+      UserError: the loss is not finite and the options say to stop; a checkpoint cannot be written
+        or read.
+    """
+    start, latest = 0, {}
+    if checkpoints.steps:
+        state, start = checkpoints.restore(state, data)
+    with contextlib.ExitStack() as stack:
+        asked_to_stop = stack.enter_context(_stop_requests())
+        sinks = open_sinks(start)
+        for sink in sinks:
+            stack.callback(sink.close)
+        reporter = Reporter(sinks, every, flops, peak)
+        for number in range(start + 1, options.num_steps + 1):
+            state, metrics = step(state, _to_devices(model, next(data)))
+            rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
+            _check(reporter.step(number, metrics, **rate), options)
+            stopping, last = asked_to_stop(number), number == options.num_steps
+            if evaluate and options.eval_every and (last or number % options.eval_every == 0):
+                latest = evaluate(state)
+                reporter.note(number, latest)
+            if stopping or last or number % options.checkpoint_every == 0:
+                _check(reporter.flush(), options)
+                checkpoints.save(state, number, data, latest or None)
+            if stopping:
+                return state, number
+    return state, max(start, options.num_steps)
+
+
+def _check(read: tuple[int, dict[str, float]] | None, options: LoopOptions) -> None:
+    if read is None or read[1]["finite"] or options.on_nonfinite == "skip":
+        return
+    number, row = read
+    raise UserError(
+        f"step {number}: the loss is {row['loss']:.4g} and the gradients' norm "
+        f"{row['grad_norm']:.4g}; the checkpoint before is whole. Lower the learning rate, look at "
+        "the batch, or set loop.on_nonfinite to skip such steps"
+    )
+
+
+def _to_devices(model: Decoder, arrays: Mapping[str, np.ndarray]) -> Batch:
+    """This process's rows as its part of a global batch."""
+    if jax.process_count() == 1:
+        return Batch(**arrays)
+    sharding = Layout(model.mesh, frozenset({"length"})).sharding("batch", "length")
+
+    def place(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return Batch(**{name: place(rows) for name, rows in arrays.items()})
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Whether all processes are to stop behind a step, because one of them had SIGTERM."""
+    if jax.process_count() > 1:
+        # JAX's runtime takes the signal and agrees on a step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)

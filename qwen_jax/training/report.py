@@ -1,0 +1,293 @@
+"""What a run tells of itself: a progress bar, lines of JSON, TensorBoard and W&B, and a curve."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tqdm
+
+from qwen_jax.errors import UserError
+from qwen_jax.sharding.chips import CHIPS
+from qwen_jax.training.objective import Metrics
+
+LOG, CURVE = "metrics.jsonl", "loss.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Where a run's figures go, beside the progress bar and `metrics.jsonl`.
+
+    Attributes:
+      every: steps that a line is the mean of.
+      tensorboard: whether TensorBoard's files are written, to `WORKDIR/tensorboard`.
+      wandb_project: of Weights & Biases; None for none.
+      peak_flops: multiplications and additions that a device makes a second at most, in the dtype
+        that is computed with; None for those of a known TPU, and no MFU on anything else.
+    """
+
+    every: int = 1
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    peak_flops: float | None = None
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise UserError(f"report.every = {self.every} must be at least 1")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise UserError(f"report.peak_flops = {self.peak_flops} must be more than 0")
+
+
+class Sink(Protocol):
+    """Takes a run's lines."""
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """A line of figures by name."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class Reporter:
+    """Collects the figures of steps and hands each line to the sinks.
+
+    A step's figures are read while the next step runs, so that reading them does not hold it up.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        every: int = 1,
+        flops: float | None = None,
+        peak: float | None = None,
+    ):
+        """Begins at the first step of a run, or of what is left of it.
+
+        Args:
+          sinks: that take the lines.
+          every: steps that a line is the mean of.
+          flops: of a step, on all devices together; None for no MFU.
+          peak: of all devices together, a second; None for no MFU.
+        """
+        self._sinks, self._every = sinks, every
+        self._flops, self._peak = flops, peak
+        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
+        self._rows: list[dict[str, float]] = []
+        self._since = time.monotonic()
+
+    def step(
+        self, number: int, metrics: Metrics, **more: float
+    ) -> tuple[int, dict[str, float]] | None:
+        """Takes the figures of a step that has just been begun.
+
+        Args:
+          number: of updates, that one included.
+          metrics: arrays of the step.
+          more: figures that are known already.
+
+        Returns:
+          Number and figures of the step before, which has ended; None where there is none.
+        """
+        pending, self._pending = self._pending, (number, metrics, more)
+        return pending and self._read(*pending)
+
+    def flush(self) -> tuple[int, dict[str, float]] | None:
+        """Waits for the step that was taken last; returns what `step` would of it."""
+        pending, self._pending = self._pending, None
+        return pending and self._read(*pending)
+
+    def note(self, number: int, row: Mapping[str, float]) -> None:
+        """Writes a line of other figures, such as an evaluation's."""
+        for sink in self._sinks:
+            sink.write(number, row)
+
+    def _read(
+        self, number: int, metrics: Metrics, more: dict[str, float]
+    ) -> tuple[int, dict[str, float]]:
+        metrics = jax.device_get(metrics)
+        counts = metrics.pop("expert_counts", None)
+        row = {name: float(value) for name, value in metrics.items()} | more
+        if counts is not None:
+            # 1 where every layer uses its experts evenly, E where one expert has all tokens.
+            row["busiest_expert"] = float(
+                (counts.max(axis=-1) / np.maximum(counts.mean(axis=-1), 1e-9)).max()
+            )
+        self._rows.append(row)
+        if len(self._rows) == self._every:
+            now = time.monotonic()
+            seconds, self._since = max(now - self._since, 1e-9), now
+            rows, self._rows = self._rows, []
+            line = {name: float(np.mean([row[name] for row in rows])) for name in row}
+            line["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+            line["seconds_per_step"] = seconds / len(rows)
+            if self._flops is not None and self._peak is not None:
+                line["mfu"] = self._flops * len(rows) / seconds / self._peak
+            self.note(number, line)
+        return number, row
+
+
+class Lines:
+    """`WORKDIR/metrics.jsonl`, an object a line, each with its step.
+
+    Where a run goes on, what it had told behind the checkpoint is dropped: those steps come again.
+    """
+
+    def __init__(self, workdir: Path, start: int):
+        rows = [row for row in read_log(workdir) if row["step"] <= start]
+        path, temporary = workdir / LOG, workdir / f"{LOG}.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Adds a line."""
+        # JSON has no word for numbers that are not finite.
+        values = {k: v if math.isfinite(v) else str(v) for k, v in row.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Bar:
+    """A progress bar with loss, tokens a second, MFU and the time left; on a terminal only."""
+
+    def __init__(self, start: int, stop: int):
+        self._bar = tqdm.tqdm(total=stop, initial=start, desc="training", unit="step", disable=None)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Moves the bar to `step`."""
+        shown = {}
+        for name, label, form in _SHOWN:
+            if name in row:
+                shown[label] = form.format(row[name])
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("eval_loss", "eval", "{:.4f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("mfu", "MFU", "{:.1%}"),
+)
+
+
+class TensorBoard:
+    """`WORKDIR/tensorboard`, for TensorBoard."""
+
+    def __init__(self, workdir: Path):
+        try:
+            import tensorboardX
+        except ImportError:
+            raise UserError(
+                "report.tensorboard needs tensorboardX; install it (pip install tensorboardX)"
+            ) from None
+        self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Adds a point to each figure's curve."""
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases, which goes on with the one that `workdir` belongs to."""
+
+    def __init__(self, workdir: Path, project: str, settings: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "report.wandb_project needs wandb; install it (pip install wandb)"
+            ) from None
+        self._run = wandb.init(
+            project=project,
+            dir=str(workdir),
+            id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
+            resume="allow",
+            config=dict(settings),
+        )
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Adds a point to each figure's curve."""
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()
+
+
+def open_sinks(
+    workdir: Path, options: ReportOptions, start: int, stop: int, settings: Mapping[str, Any]
+) -> list[Sink]:
+    """The sinks that `options` ask for; of several processes the first has any.
+
+    Raises:
+      UserError: one needs a package that is not installed.
+    """
+    if jax.process_index() != 0:
+        return []
+    sinks: list[Sink] = [Lines(workdir, start), Bar(start, stop)]
+    if options.tensorboard:
+        sinks.append(TensorBoard(workdir))
+    if options.wandb_project is not None:
+        sinks.append(WeightsAndBiases(workdir, options.wandb_project, settings))
+    return sinks
+
+
+def known_peak(devices: Sequence[jax.Device]) -> float | None:
+    """Operations a second of all devices together, bfloat16; None for devices not in the table."""
+    kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+    names = {kinds.get(device.device_kind) for device in devices}
+    if len(names) != 1 or None in names:
+        return None
+    return CHIPS[names.pop()].flops * len(devices)
+
+
+def read_log(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, none where it is not there; what a kill cut is left out."""
+    path = workdir / LOG
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_curve(workdir: Path) -> None:
+    """Writes `loss.png`: the losses by step, from `metrics.jsonl`."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    rows = read_log(workdir)
+    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, label=label, linewidth=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(workdir / CURVE, dpi=150)
