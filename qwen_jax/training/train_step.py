@@ -6,6 +6,7 @@ differentiates through it. Parameters that are frozen, beside adapters for one, 
 that they came in, or packed, and have neither gradients nor a place in the optimiser.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
