@@ -19,7 +19,7 @@ from qwen_jax.training.data.options import SourceOptions
 TEMPLATE_FIELDS = ("enable_thinking", "chat_template_kwargs")
 
 _ENDINGS = (".jsonl", ".txt", ".parquet")
-_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +132,21 @@ def _chosen(folder: Path, options: SourceOptions) -> list[Path]:
         wanted = options.files or f"*{', *'.join(_ENDINGS)}"
         hint = "; of other formats the hub keeps a copy: give revision refs/convert/parquet"
         raise UserError(f"{options.path}: holds no files {wanted}{hint}")
+    endings = sorted({name.suffix for name in names})
+    if len(endings) > 1:
+        raise UserError(
+            f"{options.path}: holds {', '.join(endings)}; choose by files, such as *{endings[0]}"
+        )
     splits = {name: _split(name) for name in names}
     if any(splits.values()):
+        if None in splits.values():
+            bare = next(name for name in names if splits[name] is None)
+            raise UserError(
+                f"{options.path}: some files are named by splits, {bare} is not; choose by files"
+            )
         names = [name for name in names if splits[name] == options.split]
         if not names:
-            found = ", ".join(sorted(set(filter(None, splits.values()))))
+            found = ", ".join(sorted(set(splits.values())))
             raise UserError(f"{options.path}: has no split {options.split}, it has {found}")
     # A folder may be a split's or a subset's.
     folders = sorted({str(name.parent) for name in names})
