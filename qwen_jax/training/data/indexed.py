@@ -11,7 +11,6 @@ A directory with meta.json and parts `00000`, `00001`, ..., each a directory of
 
 import bisect
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -58,6 +57,11 @@ class IndexMeta:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
+def is_prepared(directory: Path) -> bool:
+    """Whether tools.prepare_data has begun a directory, or finished it."""
+    return (directory / META).is_file() or (directory / PLAN).is_file()
+
+
 def read_meta(directory: Path) -> IndexMeta:
     """What a prepared directory holds.
 
@@ -91,7 +95,6 @@ def read_meta(directory: Path) -> IndexMeta:
     return meta
 
 
-@functools.lru_cache(maxsize=8)
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A hash of what encoding depends on: each token's bytes, the added tokens, a text's ids."""
     digest = hashlib.sha256()

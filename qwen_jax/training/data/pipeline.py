@@ -14,7 +14,7 @@ import grain
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
-from qwen_jax.training.data.indexed import META, PLAN, IndexedRecords
+from qwen_jax.training.data.indexed import IndexedRecords, is_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions, TooLong
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, fit, pack, pad
 from qwen_jax.training.data.records import Records, open_records
@@ -162,7 +162,7 @@ class _Source:
 
 def _open(source: SourceOptions, tokenizer: Tokenizer, options: DataOptions) -> _Source:
     directory = Path(source.path).expanduser()
-    if (directory / META).is_file() or (directory / PLAN).is_file():
+    if is_prepared(directory):
         records = IndexedRecords(directory, tokenizer, options.tokens)
         kind = records.meta.kind
     else:
