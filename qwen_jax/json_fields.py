@@ -71,6 +71,16 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+_JSON_NAMES = {
+    "list": "an array",
+    "str": "a string",
+    "int": "a number",
+    "float": "a number",
+    "bool": "a boolean",
+    "NoneType": "null",
+}
+
+
 def shown(value: Any) -> str:
     """The value as JSON, shortened to fit a one-line message."""
     text = json.dumps(value, ensure_ascii=False)
@@ -108,4 +118,32 @@ def read_json_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def parse_json_line(name: str, line: str) -> dict[str, Any]:
+    """The object of a line of JSONL, which errors call `name`.
+
+    Raises:
+      UserError: it is no JSON object, or holds a number that is not finite, which JSON cannot
+        write.
+    """
+    try:
+        row = json.loads(line, parse_float=_finite, parse_constant=_finite)
+    except json.JSONDecodeError as error:
+        # The decoder counts lines too, and knows of this one alone.
+        reason = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{name}: not valid JSON ({reason}); write one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        found = _JSON_NAMES[type(row).__name__]
+        raise UserError(f"{name}: should be an object, is {found}; write one object a line")
+    return row
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
     return value

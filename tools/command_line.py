@@ -104,9 +104,22 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         message = re.sub(r"^flag --(\w+)=None: .*", r"--\1 is needed", str(error), flags=re.DOTALL)
         raise UserError(f"{message}; see --help") from None
+    except (LookupError, OSError) as error:  # Only --config raises these, of files and of fields.
+        raise UserError(_config_trouble(argv, error)) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: arguments are given as flags; see --help")
     return rest
+
+
+def _config_trouble(argv: list[str], error: Exception) -> str:
+    """One line for a --config that cannot be read, or a --config.field that it does not have."""
+    if isinstance(error, OSError):
+        return f"--config: {error}"
+    changes = [argument for argument in argv if re.match(r"--?config\.", argument)]
+    return (
+        f"{', '.join(changes)}: the configuration has no such place ({error}); give fields that "
+        "the file has, or add them there"
+    )
 
 
 def _flag_modules(program: str) -> list[str]:

@@ -1,20 +1,11 @@
 """JSONL files of the command lines: objects in, a line each, named for errors; objects out."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
-
-_JSON_NAMES = {
-    "list": "an array",
-    "str": "a string",
-    "int": "a number",
-    "float": "a number",
-    "bool": "a boolean",
-    "NoneType": "null",
-}
+from qwen_jax.json_fields import parse_json_line
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -32,35 +23,13 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     rows = [
-        (f"{path}:{number}", _parse_line(f"{path}:{number}", line))
+        (f"{path}:{number}", parse_json_line(f"{path}:{number}", line))
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not rows:
         raise UserError(f"{path}: holds no lines")
     return rows
-
-
-def _parse_line(name: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line, parse_float=_finite, parse_constant=_finite)
-    except json.JSONDecodeError as error:
-        # The decoder counts lines too, and knows of this one alone.
-        reason = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{name}: not valid JSON ({reason}); write one object a line") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        found = _JSON_NAMES[type(row).__name__]
-        raise UserError(f"{name}: should be an object, is {found}; write one object a line")
-    return row
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
 
 
 def as_json(row: dict[str, Any]) -> str:

@@ -73,13 +73,36 @@ def resolve_source(source: str | Path, weights: bool = True) -> Path:
     return directory
 
 
-def _download(hub_id: str, patterns: list[str]) -> Path:
+def download_dataset(hub_id: str, revision: str | None = None) -> Path:
+    """The local copy of a data set's parquet, JSONL and text files.
+
+    Raises:
+      UserError: it is no hub id, or cannot be had.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise UserError(
+            f"{hub_id}: no such file or directory, and not the id of a data set on the hub; give "
+            "one of these"
+        )
+    patterns = ["*.parquet", "*.jsonl", "*.txt"]
+    return _download(hub_id, patterns, ignore=None, repo_type="dataset", revision=revision)
+
+
+def _download(
+    hub_id: str,
+    patterns: list[str],
+    ignore: list[str] | None = _NEVER,
+    repo_type: str = "model",
+    revision: str | None = None,
+) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 hub_id,
+                repo_type=repo_type,
+                revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=_NEVER,
+                ignore_patterns=ignore,
                 tqdm_class=_TerminalBar,
             )
         )

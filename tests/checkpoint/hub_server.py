@@ -15,6 +15,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """Repositories by id, each the files of a directory, and a log of what was asked for.
 
+    They are models' or data sets', as they are asked for.
+
     Attributes:
       endpoint: what HF_ENDPOINT is to be.
       served: (method, repository, file) of each request for a file, in order.
@@ -53,9 +55,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/revision/main)?", path):
             return self._if_known(match[1], self._info)
-        if match := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{COMMIT}", path):
+        if match := re.fullmatch(rf"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/{COMMIT}", path):
             return self._if_known(match[1], self._tree)
         return self._file(path)
 
@@ -86,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         ]
 
     def _file(self, path):
-        match = re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
+        match = re.fullmatch(rf"/(?:datasets/)?([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
         if match is None or match[1] not in self.hub.repositories:
             return self._send(b"", 404, {"X-Error-Code": "RepoNotFound"})
         self.hub.served.append((self.command, match[1], match[2]))
