@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from qwen_jax.errors import UserError
-from qwen_jax.models.decoder import Decoder
-from qwen_jax.sharding.axes import Layout
+from qwen_jax.sharding.axes import Layout, num_shards
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.objective import Batch
 from qwen_jax.training.report import Reporter, Sink
@@ -50,16 +50,13 @@ class LoopOptions:
             ("eval_every", 0),
         ):
             if getattr(self, name) < least:
-                raise UserError(f"loop.{name} = {getattr(self, name)} must be at least {least}")
+                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
         if self.on_nonfinite not in get_args(OnNonfinite):
             known = ", ".join(get_args(OnNonfinite))
-            raise UserError(
-                f"loop.on_nonfinite = {self.on_nonfinite} is not supported; known: {known}"
-            )
+            raise UserError(f"on_nonfinite = {self.on_nonfinite} is not supported; known: {known}")
 
 
 def train(
-    model: Decoder,
     step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]],
     state: TrainState,
     data: grain.DatasetIterator,
@@ -67,6 +64,7 @@ def train(
     checkpoints: Checkpoints,
     open_sinks: Callable[[int], list[Sink]],
     *,
+    place: Callable[[Mapping[str, np.ndarray]], Batch] = lambda arrays: Batch(**arrays),
     schedule: optax.Schedule | None = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     flops: float | None = None,
@@ -76,13 +74,13 @@ def train(
     """Trains to the last step, from the newest checkpoint if there is one.
 
     Args:
-      model: what is trained.
       step: of `make_train_step`.
       state: before the first step.
       data: gives the batches of this process, dicts of numpy arrays with the fields of `Batch`.
       options: of the loop.
       checkpoints: of the run.
       open_sinks: given the steps that were made, what takes the figures.
+      place: makes the step's batch of those arrays.
       schedule: of the learning rate, to report it.
       evaluate: figures of a state, "eval_loss" among them.
       flops, peak, every: as `Reporter` has them.
@@ -105,7 +103,7 @@ def train(
             stack.callback(sink.close)
         reporter = Reporter(sinks, every, flops, peak)
         for number in range(start + 1, options.num_steps + 1):
-            state, metrics = step(state, _to_devices(model, next(data)))
+            state, metrics = step(state, place(next(data)))
             rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
             _check(reporter.step(number, metrics, **rate), options)
             stopping, last = asked_to_stop(number), number == options.num_steps
@@ -131,16 +129,28 @@ def _check(read: tuple[int, dict[str, float]] | None, options: LoopOptions) -> N
     )
 
 
-def _to_devices(model: Decoder, arrays: Mapping[str, np.ndarray]) -> Batch:
-    """This process's rows as its part of a global batch."""
+def to_devices(arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> Batch:
+    """This process's rows as its part of a batch that lies on all of the mesh's devices.
+
+    Raises:
+      UserError: the rows of all processes do not divide by the mesh.
+    """
     if jax.process_count() == 1:
         return Batch(**arrays)
-    sharding = Layout(model.mesh, frozenset({"length"})).sharding("batch", "length")
-
-    def place(rows: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, rows)
-
-    return Batch(**{name: place(rows) for name, rows in arrays.items()})
+    layout = Layout(mesh, frozenset({"length"}))
+    rows, shards = len(arrays["input_ids"]) * jax.process_count(), num_shards(mesh, "batch")
+    if rows % shards:
+        raise UserError(
+            f"data.batch_size = {rows} does not divide by the mesh's {shards} parts of a batch; "
+            f"give a multiple of {shards}"
+        )
+    sharding = layout.sharding("batch", "length")
+    return Batch(
+        **{
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in arrays.items()
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -60,8 +60,7 @@ class OptimiserOptions:
         for name, values in (("name", get_args(Name)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in values:
                 raise UserError(
-                    f"optimiser.{name} = {getattr(self, name)} is not supported; "
-                    f"known: {', '.join(values)}"
+                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
                 )
         bounds = {
             "learning_rate": (0, None),
@@ -79,10 +78,10 @@ class OptimiserOptions:
             value = getattr(self, name)
             if value is not None and not (value >= low and (high is None or value <= high)):
                 upper = "" if high is None else f" and at most {high}"
-                raise UserError(f"optimiser.{name} = {value} must be at least {low}{upper}")
+                raise UserError(f"{name} = {value} must be at least {low}{upper}")
         if self.decay_steps and self.schedule != "wsd":
             raise UserError(
-                f"optimiser.decay_steps = {self.decay_steps} is of schedule wsd, not of "
+                f"decay_steps = {self.decay_steps} is of schedule wsd, not of "
                 f"{self.schedule}; leave it out"
             )
 
@@ -99,10 +98,10 @@ def make_schedule(options: OptimiserOptions, num_steps: int) -> optax.Schedule:
     """
     peak, warmup, decay = options.learning_rate, options.warmup_steps, options.decay_steps
     if options.schedule == "wsd" and not decay:
-        raise UserError("optimiser.decay_steps = 0: schedule wsd needs steps to decay over")
+        raise UserError("decay_steps = 0: schedule wsd needs steps to decay over")
     if warmup + decay > num_steps:
         parts = f"warmup_steps = {warmup}" + f" and decay_steps = {decay}" * bool(decay)
-        raise UserError(f"optimiser.{parts} are more than the run's {num_steps} steps")
+        raise UserError(f"{parts} are more than the run's {num_steps} steps")
     final = peak * options.final_learning_rate
     match options.schedule:
         case "constant":
@@ -193,9 +192,7 @@ def _check_patterns(options: OptimiserOptions, params: Mapping[str, Any]) -> Non
     names = jax.tree.leaves(_by_name(lambda name, _: name, params))
     for pattern in options.decay_except:
         if not any(re.search(pattern, name) for name in names):
-            raise UserError(
-                f"optimiser.decay_except: no parameter's path has {pattern}; one is {names[0]}"
-            )
+            raise UserError(f"decay_except: no parameter's path has {pattern}; one is {names[0]}")
 
 
 def _by_name(function: Callable[[str, Any], Any], params: Any) -> Any:

@@ -39,9 +39,9 @@ class ReportOptions:
 
     def __post_init__(self):
         if self.every < 1:
-            raise UserError(f"report.every = {self.every} must be at least 1")
+            raise UserError(f"every = {self.every} must be at least 1")
         if self.peak_flops is not None and not self.peak_flops > 0:
-            raise UserError(f"report.peak_flops = {self.peak_flops} must be more than 0")
+            raise UserError(f"peak_flops = {self.peak_flops} must be more than 0")
 
 
 class Sink(Protocol):

@@ -158,14 +158,14 @@ def test_schedules_by_hand(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "lion"}, "optimiser.name = lion is not supported; known: adamw, muon, adafactor"),
-        ({"schedule": "linear"}, "optimiser.schedule = linear is not supported; known: constant"),
-        ({"b2": 1.5}, "optimiser.b2 = 1.5 must be at least 0 and at most 1"),
-        ({"learning_rate": -1.0}, "optimiser.learning_rate = -1.0 must be at least 0"),
-        ({"decay_steps": 3}, "optimiser.decay_steps = 3 is of schedule wsd, not of cosine"),
-        ({"schedule": "wsd"}, "optimiser.decay_steps = 0: schedule wsd needs steps to decay over"),
-        ({"warmup_steps": 11}, "optimiser.warmup_steps = 11 are more than the run's 10 steps"),
-        ({"decay_except": ("embd",)}, "optimiser.decay_except: no parameter's path has embd"),
+        ({"name": "lion"}, "name = lion is not supported; known: adamw, muon, adafactor"),
+        ({"schedule": "linear"}, "schedule = linear is not supported; known: constant"),
+        ({"b2": 1.5}, "b2 = 1.5 must be at least 0 and at most 1"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0 must be at least 0"),
+        ({"decay_steps": 3}, "decay_steps = 3 is of schedule wsd, not of cosine"),
+        ({"schedule": "wsd"}, "decay_steps = 0: schedule wsd needs steps to decay over"),
+        ({"warmup_steps": 11}, "warmup_steps = 11 are more than the run's 10 steps"),
+        ({"decay_except": ("embd",)}, "decay_except: no parameter's path has embd"),
     ],
 )
 def test_what_cannot_be_is_refused(fields, message):

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.pipeline import make_loader
-from qwen_jax.training.train_step import Batch, TrainOptions, objective
+from qwen_jax.training.objective import Batch, TrainOptions, objective
 from tests.sharding.models import CONFIGS, one_device
 from tests.training.data.conftest import chat_file, text_file
 

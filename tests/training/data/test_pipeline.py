@@ -10,7 +10,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.pipeline import Counts, make_loader
 from qwen_jax.training.data.prepare import prepare
-from qwen_jax.training.train_step import Batch
+from qwen_jax.training.objective import Batch
 from tests.training.data.conftest import chat_file, random_chats, random_texts, text_file
 
 LENGTH = 48

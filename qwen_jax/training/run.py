@@ -1,0 +1,282 @@
+"""A whole run from its settings: model, data, optimiser, loop, and what is left at the end."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.checkpoint.peft_writer import save_adapter
+from qwen_jax.checkpoint.writer import copy_companions, save_pretrained
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import load_config
+from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.pretrained import load_pretrained, load_tokenizer
+from qwen_jax.sharding.axes import as_mesh, check_mesh
+from qwen_jax.sharding.flops import analytic_flops
+from qwen_jax.training.checkpoints import Checkpoints
+from qwen_jax.training.data import DataOptions
+from qwen_jax.training.data.pipeline import make_loader
+from qwen_jax.training.loop import LoopOptions, to_devices, train
+from qwen_jax.training.lora import LoraOptions, add_adapters, is_adapter
+from qwen_jax.training.objective import TrainOptions
+from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_schedule
+from qwen_jax.training.partition import combine, partition
+from qwen_jax.training.report import ReportOptions, draw_curve, known_peak, open_sinks
+from qwen_jax.training.train_step import (
+    TrainState,
+    init_train_state,
+    make_evaluation,
+    make_train_step,
+)
+
+SETTINGS, MODEL, ADAPTER = "run.json", "model", "adapter"
+# What may change where a run goes on: how long it is, where it runs, what is told of it.
+_FREE = ("loop", "report", "mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """A run.
+
+    Attributes:
+      model: a checkpoint directory or hub id to begin with; with `from_scratch` one whose
+        config.json is taken alone, or None where a config is given.
+      data: what is learned.
+      loop: how long.
+      optimiser: how gradients become updates.
+      step: how a step computes.
+      report: what is told.
+      eval_data: of which the loss is taken, as `loop.eval_every` says; all of it, so that `epochs`
+        must be 1.
+      lora: adapters to train in place of the parameters; None to train those.
+      from_scratch: whether the parameters are drawn from `seed`.
+      tokenizer: a directory or hub id; None for the model's.
+      packed: whether a quantised checkpoint stays packed, below adapters.
+      mesh: such as "fsdp:4,tensor:2"; None for one device.
+      seed: of the parameters, or of the adapters.
+    """
+
+    data: DataOptions
+    loop: LoopOptions
+    model: str | None = None
+    optimiser: OptimiserOptions = dataclasses.field(default_factory=OptimiserOptions)
+    step: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    report: ReportOptions = dataclasses.field(default_factory=ReportOptions)
+    eval_data: DataOptions | None = None
+    lora: LoraOptions | None = None
+    from_scratch: bool = False
+    tokenizer: str | None = None
+    packed: bool = False
+    mesh: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.model is None and not self.from_scratch:
+            raise UserError("model is missing; name a checkpoint, or set from_scratch")
+        if self.model is None and self.tokenizer is None:
+            raise UserError("tokenizer is missing; name a checkpoint that has one")
+        if self.lora is not None and self.from_scratch:
+            raise UserError("lora with from_scratch: adapters are beside weights that are learned")
+        if self.packed and self.lora is None:
+            raise UserError("packed: packed weights have no gradients; give lora, or leave it out")
+        if self.loop.eval_every and self.eval_data is None:
+            raise UserError(f"loop.eval_every = {self.loop.eval_every} needs eval_data")
+        if self.eval_data is not None and self.eval_data.epochs != 1:
+            raise UserError(f"eval_data.epochs = {self.eval_data.epochs} must be 1")
+
+
+def run(
+    options: RunOptions,
+    workdir: Path,
+    config: ModelConfig | None = None,
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Trains, from the newest checkpoint in `workdir` if there is one.
+
+    At the end `workdir` holds `model/` in Hugging Face's layout, or `adapter/` in PEFT's, beside
+    `checkpoints/`, `metrics.jsonl`, `loss.png` and `run.json`.
+
+    Args:
+      options: of the run.
+      workdir: its directory, which all processes see.
+      config: of the model, in place of `options.model`'s; needs `from_scratch`.
+      tell: takes lines for people.
+
+    Returns:
+      The steps that were made; fewer than asked for where the run was told to stop.
+
+    Raises:
+      UserError: in one line, whatever is wrong with settings, files, data or the loss.
+    """
+    _settle(options, workdir)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    model, params = _begin(options, config)
+    process, processes = jax.process_index(), jax.process_count()
+    data = make_loader(options.data, tokenizer, process, processes)
+    trained = None if options.lora is None else is_adapter
+    state, optimiser = _state(options, model, params, trained)
+    step = make_train_step(model, optimiser, options.step, state)
+    flops = _flops(options, model.config)
+    tell(_summary(model, state, options, flops))
+    evaluate = None
+    if options.eval_data is not None:
+        loss = make_evaluation(model, options.step)
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            batches = make_loader(options.eval_data, tokenizer, process, processes)
+            return loss(
+                combine(state.params, state.frozen), (to_devices(batch) for batch in batches)
+            )
+
+    with Checkpoints(workdir, options.loop.keep, "eval_loss" if evaluate else None) as checkpoints:
+        state, done = train(
+            step,
+            state,
+            data,
+            options.loop,
+            checkpoints,
+            lambda start: open_sinks(
+                workdir, options.report, start, options.loop.num_steps, dataclasses.asdict(options)
+            ),
+            place=lambda batch: to_devices(batch, model.mesh),
+            schedule=make_schedule(options.optimiser, options.loop.num_steps),
+            evaluate=evaluate,
+            flops=flops,
+            peak=_peak(options, model),
+            every=options.report.every,
+        )
+    if jax.process_index() == 0:
+        draw_curve(workdir)
+    if done == options.loop.num_steps:
+        tell(_export(options, workdir, model, state))
+    return done
+
+
+def _settle(options: RunOptions, workdir: Path) -> None:
+    """Writes `run.json`, or checks that a run that goes on is the same run."""
+    path = workdir / SETTINGS
+    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text()) if path.is_file() else wanted
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be used ({error})") from None
+    for name, value in _flat(wanted).items():
+        old = _flat(before).get(name)
+        if old != value and not name.startswith(_FREE):
+            raise UserError(
+                f"{path}: the run was begun with {name} = {old}, not {value}; set it back or give "
+                "another workdir"
+            )
+    if jax.process_index() == 0:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+        temporary.replace(path)
+
+
+def _flat(settings: Any, place: str = "") -> dict[str, Any]:
+    """Settings by their path."""
+    if isinstance(settings, dict):
+        pairs = settings.items()
+    elif isinstance(settings, list):
+        pairs = enumerate(settings)
+    else:
+        return {place: settings}
+    return {
+        name: value
+        for key, part in pairs
+        for name, value in _flat(part, f"{place}.{key}" if place else str(key)).items()
+    }
+
+
+def _begin(options: RunOptions, config: ModelConfig | None) -> tuple[Decoder, Any]:
+    """The model, and the parameters to begin with; None where they are drawn."""
+    if not options.from_scratch:
+        weights = "packed" if options.packed else "dense"
+        dtype = options.step.dtype if options.lora else "float32"
+        return load_pretrained(options.model, dtype, options.mesh, weights=weights)
+    if config is None:
+        config = load_config(resolve_source(options.model, weights=False))
+    mesh = as_mesh(options.mesh)
+    if mesh is not None:
+        check_mesh(config, mesh, parameter_shapes(config))
+    return Decoder(config, mesh=mesh), None
+
+
+def _state(
+    options: RunOptions, model: Decoder, params: Any, trained: Any
+) -> tuple[TrainState, optax.GradientTransformation]:
+    key, steps = jax.random.key(options.seed), options.loop.num_steps
+    if options.lora is not None:
+        params = add_adapters(params, options.lora, key)
+    shapes = parameter_shapes(model.config) if params is None else params
+    if trained is not None:
+        shapes = partition(shapes, trained)[0]
+    optimiser = make_optimiser(options.optimiser, steps, shapes)
+    if params is None:
+        return init_train_state(model, optimiser, key=key), optimiser
+    return init_train_state(model, optimiser, params=params, trained=trained), optimiser
+
+
+def _flops(options: RunOptions, config: ModelConfig) -> float:
+    """Operations of a step that the mathematics asks for, on all devices together."""
+    data = options.data
+    parts = analytic_flops(config, "train", data.batch_size, data.length)
+    return float(sum(parts.values()))
+
+
+def _peak(options: RunOptions, model: Decoder) -> float | None:
+    devices = jax.devices()[:1] if model.mesh is None else list(model.mesh.devices.flat)
+    if options.report.peak_flops is not None:
+        return options.report.peak_flops * len(devices)
+    return known_peak(devices)
+
+
+def _summary(model: Decoder, state: TrainState, options: RunOptions, flops: float) -> str:
+    """Parameters, memory and work, a line each."""
+    sizes = {
+        "parameters trained": state.params,
+        "parameters frozen": state.frozen,
+        "optimiser": state.opt_state,
+    }
+    lines = []
+    for name, tree in sizes.items():
+        leaves = jax.tree.leaves(tree)
+        if leaves:
+            held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+            count = sum(leaf.size for leaf in leaves)
+            lines.append(f"{name}: {count:,} numbers, {held / 1e6:,.1f} MB a device")
+    tokens = options.data.batch_size * options.data.length
+    mesh = options.mesh or "one device"
+    lines.append(f"gradients: {_nbytes(state.params) / 1e6:,.1f} MB in all; mesh: {mesh}")
+    lines.append(
+        f"step: {options.data.batch_size} rows of {options.data.length}, {tokens:,} tokens, "
+        f"{flops / 1e12:.3g} TFLOP; {options.loop.num_steps:,} steps, "
+        f"{tokens * options.loop.num_steps:,} tokens"
+    )
+    return "\n".join(lines)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _export(options: RunOptions, workdir: Path, model: Decoder, state: TrainState) -> str:
+    """Writes what was learned; returns a line that says where."""
+    target = workdir / (MODEL if options.lora is None else ADAPTER)
+    if target.exists():
+        return f"{target} is there already"
+    if options.lora is not None:
+        save_adapter(target, model.config, combine(state.params, state.frozen), options.model)
+        return f"adapter: {target}"
+    save_pretrained(target, model.config, state.params)
+    if jax.process_index() == 0:
+        source = resolve_source(options.tokenizer or options.model, weights=False)
+        copy_companions(source, target)
+    return f"model: {target}"

@@ -1,0 +1,199 @@
+"""Runs in child processes: killed and started again, stopped, damaged, refused."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from tests.reference import random_reference, save_reference
+from tests.tools.conftest import start_tool
+from tests.training.data.conftest import chat_file, text_file, write_tokenizer
+
+STEPS = 9
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({{
+        "model": {model!r},
+        "data": {{
+            "sources": (
+                {{"path": {texts!r}, "weight": 2.0}},
+                {{"path": {chats!r}, "weight": 1.0, "too_long": "truncate"}},
+            ),
+            "length": 48, "batch_size": 4, "packing_rows": 3, "threads": 2,
+        }},
+        "eval_data": {{"sources": ({{"path": {texts!r}}},), "length": 48, "epochs": 1}},
+        "optimiser": {{"learning_rate": 1e-2, "warmup_steps": 2}},
+        "step": {{"dtype": "float32", "scan": False, "remat": "none"}},
+        "loop": {{"num_steps": {steps}, "checkpoint_every": 2, "eval_every": 4}},
+        "mesh": None,
+        "lora": None,
+    }})
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("train")
+    reference = random_reference("qwen3", num_hidden_layers=2, vocab_size=320)
+    model = save_reference(reference, directory / "model")
+    write_tokenizer(model)
+    text = CONFIG.format(
+        model=str(model),
+        texts=text_file(directory / "texts.jsonl", 60),
+        chats=chat_file(directory / "chats.jsonl", 40),
+        steps=STEPS,
+    )
+    path = directory / "config.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+    def run(config, workdir, *more):
+        arguments = (f"--config={config}", f"--workdir={workdir}", *more)
+        return start_tool(environment, "train", *arguments)
+
+    return run
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out.decode(), err.decode()
+
+
+def log(workdir):
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(workdir):
+    return [(row["step"], row["loss"], row["tokens"]) for row in log(workdir) if "loss" in row]
+
+
+def weights(workdir):
+    return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    code, out, err = finish(start(config, workdir))
+    assert code == 0, err
+    assert "parameters trained:" in out
+    return workdir
+
+
+def test_a_run_leaves_a_model_that_transformers_loads_and_its_curve(unbroken):
+    assert [step for step, *_ in losses(unbroken)] == list(range(1, STEPS + 1))
+    assert (unbroken / "loss.png").stat().st_size > 5000
+    evaluations = [row for row in log(unbroken) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [4, 8, 9]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(unbroken / "model")
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert (unbroken / "model" / "tokenizer_config.json").exists()
+    assert not list(unbroken.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["step 1", "step 5", "a save"])
+def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path, moment):
+    process = start(config, tmp_path)
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if moment == "a save":
+            # Orbax's name for what is not complete.
+            if list((tmp_path / "checkpoints").glob("*orbax-checkpoint-tmp*")):
+                break
+        elif any(row["step"] >= int(moment.split()[1]) for row in log(tmp_path)):
+            break
+        time.sleep(0.001)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    assert losses(tmp_path) == losses(unbroken)
+    ours, expected = weights(tmp_path), weights(unbroken)
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, tmp_path):
+    process = start(config, tmp_path)
+    while process.poll() is None and not any(row["step"] >= 2 for row in log(tmp_path)):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 143, err
+    assert f"of {STEPS}, which is saved; start it again to go on" in err
+    assert not (tmp_path / "model").exists()
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    assert losses(tmp_path) == losses(unbroken)
+    for name, tensor in weights(tmp_path).items():
+        np.testing.assert_array_equal(tensor, weights(unbroken)[name], err_msg=name)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    start, config, unbroken, tmp_path
+):
+    code, _, err = finish(start(config, tmp_path, f"--config.loop.num_steps={STEPS - 1}"))
+    assert code == 0, err
+    checkpoints = tmp_path / "checkpoints"
+    newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    assert newest == STEPS - 1
+    for file in (checkpoints / str(newest) / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    assert f"{newest}: cannot be read" in err
+    assert "the run goes on from step" in err
+    assert (checkpoints / "damaged" / str(newest)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimiser.lerning_rate=1"], "did you mean learning_rate?"),
+        (["--config.loop.num_steps=0"], "config.loop: num_steps = 0 must be at least 1"),
+        (["--config.optimiser.name=lion"], "'lion' is not known; known: adamw, muon, adafactor"),
+        (["--config.mesh=fsdp:3000"], "mesh fsdp:3000 needs 3000 devices"),
+    ],
+)
+def test_bad_settings_end_in_one_line(start, config, tmp_path, arguments, message):
+    code, _, err = finish(start(config, tmp_path, *arguments))
+    assert code == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_that_goes_on_is_the_same_run(start, config, unbroken):
+    code, _, err = finish(start(config, unbroken, "--config.optimiser.learning_rate=0.5"))
+    assert code == 1
+    assert "the run was begun with optimiser.learning_rate = 0.01, not 0.5" in err
+
+
+@pytest.mark.parametrize(("what", "code"), [("stop", 1), ("skip", 0)])
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(start, config, tmp_path, what, code):
+    arguments = ["--config.optimiser.learning_rate=1e30", "--config.optimiser.warmup_steps=0"]
+    got, _, err = finish(start(config, tmp_path, *arguments, f"--config.loop.on_nonfinite={what}"))
+    assert got == code, err
+    rows = [row for row in log(tmp_path) if "finite" in row]
+    assert rows[0]["finite"] == 1.0
+    assert rows[1]["finite"] == 0.0
+    if what == "stop":
+        assert "step 2: the loss is nan" in err
+    else:
+        assert len(rows) == STEPS
