@@ -25,7 +25,7 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.indexed import is_prepared
-from qwen_jax.training.data.prepare import prepare
+from qwen_jax.training.data.prepare import RECORDS_A_PART, prepare
 from tools import command_line, config_flag
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the directories go.", required=True)
@@ -36,6 +36,12 @@ _INPUT = flags.DEFINE_multi_string(
     "input", [], "A source; may be given several times. Else the configuration's."
 )
 _WORKERS = flags.DEFINE_integer("workers", 1, "Processes that tokenise.", lower_bound=1)
+_RECORDS_A_PART = flags.DEFINE_integer(
+    "records_a_part",
+    RECORDS_A_PART,
+    "Records that are written together; what is lost when a run is killed.",
+    lower_bound=1,
+)
 _END_OF_TEXT = flags.DEFINE_string(
     "end_of_text", None, 'Token behind each text, "" for none; by default the checkpoint\'s.'
 )
@@ -63,7 +69,13 @@ def main() -> None:
                 bar.refresh()
 
             meta = prepare(
-                target, tokenizer_directory, source, tokens, _WORKERS.value, on_part=on_part
+                target,
+                tokenizer_directory,
+                source,
+                tokens,
+                _WORKERS.value,
+                _RECORDS_A_PART.value,
+                on_part,
             )
         print(f"{target}: {sum(meta.records)} records, {sum(meta.tokens)} tokens, {meta.kind}")
 

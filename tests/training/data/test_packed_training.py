@@ -50,9 +50,8 @@ def whole_epoch(tokenizer, path, rows, pack, length):
 def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, kind):
     write = {"texts": text_file, "chats": chat_file}[kind]
     path = write(tmp_path / "a.jsonl", 9, longest=20 if kind == "texts" else 4)
-    length = 64
-    packed, counts = whole_epoch(tokenizer, path, 8, True, length)
-    single, single_counts = whole_epoch(tokenizer, path, 12, False, length)
+    packed, counts = whole_epoch(tokenizer, path, 8, True, 96)
+    single, single_counts = whole_epoch(tokenizer, path, 11, False, 96)
     assert counts.padding_share < single_counts.padding_share
     assert packed.segment_ids.max() > 1
     assert single.segment_ids.max() == 1
