@@ -194,6 +194,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(start, config, tm
     assert rows[0]["finite"] == 1.0
     assert rows[1]["finite"] == 0.0
     if what == "stop":
-        assert "step 2: the loss is nan" in err
+        assert "step 2: the loss is" in err
     else:
         assert len(rows) == STEPS

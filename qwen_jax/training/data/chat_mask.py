@@ -44,8 +44,9 @@ def learned_tokens(
     """Which of a rendered conversation's tokens are learned: bool [T].
 
     Learned are the words of the chosen roles and the `<|im_end|>` behind them; not the line that
-    names the role, which a prompt ends with, nor the line end behind the turn. A block that is left
-    out goes with the white space around it.
+    names the role, which a prompt ends with, nor the line end behind the turn. An empty block of
+    thinking is not learned either: it is how a prompt asks for an answer without any. A block that
+    is left out goes with the white space around it.
 
     Args:
       ids: of the whole conversation, from the checkpoint's template.
@@ -131,7 +132,9 @@ def _left_out(
     """The spans of an assistant's turn that are not learned."""
     last = turn.end - 1
     thinking = _thinking(ids, turn, tokenizer, needed=not options.thinking)
-    spans = [] if options.thinking or thinking is None else [thinking]
+    spans = []
+    if thinking is not None and (not options.thinking or _is_empty(ids, thinking, tokenizer)):
+        spans.append(thinking)
     if not options.tool_calls:
         opening, closing = _id(tokenizer, "<tool_call>"), _id(tokenizer, "</tool_call>")
         position = turn.start if thinking is None else thinking[1]
@@ -165,6 +168,11 @@ def _thinking(
             raise UserError("messages: an assistant's <think> is not closed; close it")
         return None
     return begins, closed + 1
+
+
+def _is_empty(ids: Sequence[int], thinking: tuple[int, int], tokenizer: Tokenizer) -> bool:
+    start, end = thinking
+    return not tokenizer.decode(ids[start + 1 : end - 1]).strip()
 
 
 def _with_white_space(
