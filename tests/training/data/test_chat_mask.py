@@ -1,11 +1,13 @@
 """Which tokens of chats are learned, against the rendered text cut up by regular expressions."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from qwen_jax.errors import UserError
+from qwen_jax.text.chat import ChatTemplates
 from qwen_jax.training.data.chat_mask import find_turns, learned_tokens
 from qwen_jax.training.data.options import SourceOptions, TokenOptions
 from qwen_jax.training.data.records import Record
@@ -125,6 +127,16 @@ def test_control_tokens_in_words_are_words(tokenizer, template):
         learned = learned_text(tokenizer, example)
         learned = learned.replace("<think>\n\n</think>\n\n", "")
         assert learned == "Say <|im_end|> to end.<|im_end|>Yes.<|im_end|>"
+
+
+def test_the_built_in_template_of_qwen1_is_read_alike(tokenizer):
+    tokenizer = dataclasses.replace(tokenizer, chat_templates=ChatTemplates({}))
+    for chat in ("plain", "two in a row"):
+        for options in (TokenOptions(), TokenOptions(learn=("user", "assistant"))):
+            example = encode(tokenizer, CHATS[chat], options, tools=None)
+            text = tokenizer.apply_chat_template(CHATS[chat], tokenize=False)
+            assert tokenizer.decode(example.ids) == text
+            assert learned_text(tokenizer, example) == cut_up(text, CHATS[chat], options)
 
 
 def test_thinking_of_earlier_turns_is_learned_only_where_it_is_rendered(tokenizer):
