@@ -55,50 +55,46 @@ def _number(rng: random.Random, digits: int) -> int:
 
 def _add(rng: random.Random) -> Problem:
     a, b = _number(rng, 5), _number(rng, 5)
-    question = rng.choice(
-        ["What is {} + {}?", "{} + {} = ?", "Add {} and {}.", "{} 加 {} 等于多少？"]
-    ).format(a, b)
-    return Problem("add", f"{a} {b}", question, add_steps(a, b), str(a + b), f"{a} + {b}")
-
-
-def add_steps(a: int, b: int) -> tuple[str, ...]:
-    """Column by column from the right, with the carry."""
-    x, y = str(a)[::-1], str(b)[::-1]
-    steps, carry = [], 0
-    for i in range(max(len(x), len(y))):
-        p, q = (int(s[i]) if i < len(s) else 0 for s in (x, y))
-        total = p + q + carry
-        steps.append(f"{p} + {q} + {carry} = {total}: {total % 10} carry {total // 10}")
-        carry = total // 10
-    return tuple(steps)
+    question = _ask(rng, ["What is {}+{}?", "{}+{}=?", "Add {} and {}.", "{}加{}等于多少？"], a, b)
+    steps = _columns(a, b, "+", lambda p, q, carry: p + q + carry)
+    return Problem("add", f"{a} {b}", question, steps, str(a + b), f"{a}+{b}")
 
 
 def _subtract(rng: random.Random) -> Problem:
     a, b = sorted((_number(rng, 5), _number(rng, 5)), reverse=True)
-    question = rng.choice(
-        ["What is {} - {}?", "{} - {} = ?", "Take {1} from {0}.", "{} 减 {} 等于多少？"]
-    ).format(a, b)
-    x, y = str(a)[::-1], str(b)[::-1]
-    steps, borrow = [], 0
-    for i in range(len(x)):
-        p, q = int(x[i]), int(y[i]) if i < len(y) else 0
-        rest = p - q - borrow
-        steps.append(f"{p} - {q} - {borrow} = {rest}: {rest % 10} borrow {int(rest < 0)}")
-        borrow = int(rest < 0)
-    return Problem("subtract", f"{a} {b}", question, tuple(steps), str(a - b), f"{a} - {b}")
+    question = _ask(
+        rng, ["What is {}-{}?", "{}-{}=?", "Take {1} from {0}.", "{}减{}等于多少？"], a, b
+    )
+    steps = _columns(a, b, "-", lambda p, q, carry: p - q - carry)
+    return Problem("subtract", f"{a} {b}", question, steps, str(a - b), f"{a}-{b}")
 
 
 def _multiply(rng: random.Random) -> Problem:
-    a, b = _number(rng, 3), rng.randint(2, 9)
-    question = rng.choice(
-        ["What is {} * {}?", "{} * {} = ?", "Multiply {} by {}.", "{} 乘 {} 等于多少？"]
-    ).format(a, b)
-    steps, carry = [], 0
-    for digit in map(int, reversed(str(a))):
-        total = digit * b + carry
-        steps.append(f"{digit} * {b} + {carry} = {total}: {total % 10} carry {total // 10}")
-        carry = total // 10
-    return Problem("multiply", f"{a} {b}", question, tuple(steps), str(a * b), f"{a} * {b}")
+    a, b = _number(rng, 4), rng.randint(2, 9)
+    question = _ask(
+        rng, ["What is {}*{}?", "{}*{}=?", "Multiply {} by {}.", "{}乘{}等于多少？"], a, b
+    )
+    steps = _columns(a, int(str(b) * len(str(a))), "*", lambda p, q, carry: p * q + carry)
+    return Problem("multiply", f"{a} {b}", question, steps, str(a * b), f"{a}*{b}")
+
+
+def _ask(rng: random.Random, wordings: list[str], *parts: object) -> str:
+    return rng.choice(wordings).format(*parts)
+
+
+def _columns(a: int, b: int, sign: str, column: Callable[[int, int, int], int]) -> tuple[str, ...]:
+    """Column by column from the right: both digits, the carry, what stays, and what that makes."""
+    x, y = str(a)[::-1], str(b)[::-1]
+    steps, carry, digits = [], 0, ""
+    for i in range(max(len(x), len(y))):
+        p, q = (int(s[i]) if i < len(s) else 0 for s in (x, y))
+        total = column(p, q, carry)
+        digits = f"{total % 10}{digits}"
+        after = abs(total // 10)
+        steps.append(f"{p}{sign}{q},{carry}:{total % 10},{after}:{digits}")
+        carry = after
+    digits = (f"{carry}{digits}" if carry else digits).lstrip("0")
+    return (*steps, digits or "0")
 
 
 _NAMES = "Anna Ben Chen Dora Emil Fang Gina Hugo Iris Jun Kai Lena Mei Nora Otto Ping".split()
@@ -117,7 +113,7 @@ def _look_up(rng: random.Random) -> Problem:
         [" What is {}'s key?", " Which key opens the {1} of {0}?", " {} 的钥匙是多少？"]
     ).format(who, place)
     found = f"The key of {who}'s {place} is {keys[who]}."
-    return Problem("look up", question, question, (found,), keys[who])
+    return Problem("look up", f"{who} {sentences}", question, (found,), keys[who])
 
 
 _FILLERS = (
@@ -137,7 +133,7 @@ def _sort(rng: random.Random) -> Problem:
     while left:
         least = min(left)
         left.remove(least)
-        steps.append(f"{least}, left {' '.join(map(str, left)) or 'nothing'}")
+        steps.append(f"{least}:{' '.join(map(str, left))}")
     answer = " ".join(map(str, sorted(numbers)))
     return Problem("sort", text, question, tuple(steps), answer)
 
