@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(run_tool, environment, p
         assert child.poll() is None, child.communicate()
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.wait()
     assert child.returncode == -signal.SIGKILL
     assert not (target / "meta.json").exists()
     parts = {path.name for path in target.glob("0*")}
@@ -79,6 +79,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(run_tool, environment, p
     while workers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not workers(tmp_path)
+    child.communicate()
 
     done = run_tool("prepare_data", *arguments("killed", 2))
     assert done.returncode == 0, done.stderr
