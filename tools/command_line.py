@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,16 @@ def path(flag: flags.FlagHolder) -> Path:
         return Path(flag.value).expanduser()
     except RuntimeError as error:  # No such user, or no home directory.
         raise UserError(f"--{flag.name}={flag.value}: cannot be resolved ({error})") from None
+
+
+def leave_if_stopped(done: int, wanted: int) -> None:
+    """Exits as after SIGTERM where a run made fewer steps than it was to."""
+    if done < wanted:
+        print(
+            f"stopped at step {done} of {wanted}, which is saved; start it again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGTERM)
 
 
 def slurm_tasks() -> int:

@@ -12,8 +12,6 @@ newest checkpoint when it is started again; after SIGTERM it saves, leaves and e
 Of several processes, on a TPU pod, under Slurm or told by flags, each runs this command.
 """
 
-import sys
-
 from absl import flags
 
 from configs.models import get_preset
@@ -41,13 +39,7 @@ def main() -> None:
             done = run(options, workdir, model)
     else:
         done = run(options, workdir, model)
-    if done < options.loop.num_steps:
-        print(
-            f"stopped at step {done} of {options.loop.num_steps}, which is saved; start it again "
-            "to go on",
-            file=sys.stderr,
-        )
-        sys.exit(143)
+    command_line.leave_if_stopped(done, options.loop.num_steps)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.embedded.chats import chats
 from qwen_jax.embedded.tokenizer import write_tokenizer
+from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
+from qwen_jax.training.loop import LoopOptions
+from qwen_jax.training.objective import TrainOptions
+from qwen_jax.training.optimisers import OptimiserOptions
 from qwen_jax.training.run import RunOptions, run
 
 _TRAINED, _HELD_OUT = "train.jsonl", "held_out.jsonl"
+_NUM_HELD_OUT = 500
 _SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -19,9 +23,9 @@ _SIZES = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
+    "head_dim": 64,
     "max_position_embeddings": 512,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
@@ -60,26 +64,66 @@ def _words(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def build(options: RunOptions, workdir: Path, problems: int, tell: Callable[[str], None]) -> int:
-    """Makes data and tokenizer where they are not there yet, and trains.
+def run_options(num_steps: int, seed: int = 0) -> RunOptions:
+    """The settings of the training; `build` fills in the paths."""
+    source = SourceOptions(_TRAINED, too_long="truncate")
+    data = DataOptions(
+        sources=(source,),
+        length=256,
+        batch_size=16,
+        seed=seed,
+        tokens=TokenOptions(last_turn_only=True),
+    )
+    return RunOptions(
+        model="base",
+        from_scratch=True,
+        data=data,
+        eval_data=dataclasses.replace(data, epochs=1),
+        optimiser=OptimiserOptions(
+            name="muon",
+            learning_rate=4e-3,
+            schedule="wsd",
+            warmup_steps=num_steps // 12,
+            decay_steps=max(1, num_steps // 4),
+            weight_decay=0.05,
+            b2=0.98,
+        ),
+        step=TrainOptions(dtype="float32", scan=False, remat="none", block_size=4096),
+        loop=LoopOptions(
+            num_steps=num_steps,
+            checkpoint_every=max(1, num_steps // 4),
+            eval_every=max(1, num_steps // 4),
+        ),
+        seed=seed,
+    )
+
+
+def build(workdir: Path, problems: int, num_steps: int, seed: int = 0) -> int:
+    """Makes data and tokenizer where they are not there yet, and trains; `training.run.run` else.
 
     Args:
-      options: of the run; paths within `workdir` are filled in.
-      workdir: of everything.
+      workdir: of everything; `model/` is what comes of it.
       problems: to learn from.
-      tell: takes lines for people.
+      num_steps: updates.
+      seed: of problems, order and parameters.
+
+    Returns:
+      The steps that were made.
     """
     data, base = workdir / "data", workdir / "base"
     if not (base / "config.json").exists():
-        tell(f"drawing {problems:,} problems")
-        write_data(data, problems, 500, options.seed)
-        write_base(base, options.seed)
-    source = dataclasses.replace(options.data.sources[0], path=str(data / _TRAINED))
-    held_out = dataclasses.replace(options.data.sources[0], path=str(data / _HELD_OUT))
+        write_data(data, problems, _NUM_HELD_OUT, seed)
+        write_base(base, seed)
+    options = run_options(num_steps, seed)
+
+    def at(part: DataOptions, name: str) -> DataOptions:
+        source = dataclasses.replace(part.sources[0], path=str(data / name))
+        return dataclasses.replace(part, sources=(source,))
+
     options = dataclasses.replace(
         options,
         model=str(base),
-        data=dataclasses.replace(options.data, sources=(source,)),
-        eval_data=dataclasses.replace(options.data, sources=(held_out,), epochs=1),
+        data=at(options.data, _TRAINED),
+        eval_data=at(options.eval_data, _HELD_OUT),
     )
-    return run(options, workdir, tell=tell)
+    return run(options, workdir)

@@ -5,6 +5,7 @@ import signal
 import time
 
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import torch
@@ -58,9 +59,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(environment):
-    def run(config, workdir, *more):
+    def run(config, workdir, *more, **changes):
         arguments = (f"--config={config}", f"--workdir={workdir}", *more)
-        return start_tool(environment, "train", *arguments)
+        return start_tool({**environment, **changes}, "train", *arguments)
 
     return run
 
@@ -143,6 +144,40 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, t
     assert losses(tmp_path) == losses(unbroken)
     for name, tensor in weights(tmp_path).items():
         np.testing.assert_array_equal(tensor, weights(unbroken)[name], err_msg=name)
+
+
+def test_a_run_on_a_mesh_learns_what_one_device_does(start, config, unbroken, tmp_path):
+    process = start(config, tmp_path, "--config.mesh=fsdp:2,tensor:2", JAX_NUM_CPU_DEVICES="4")
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "mesh: fsdp:2,tensor:2" in out
+    for ours, expected in zip(losses(tmp_path), losses(unbroken), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_a_recipe_trains_adapters_that_peft_reads(start, config, tmp_path):
+    """The recipe of adapters, on a small model and few chats."""
+    base, chats = config.parent / "model", config.parent / "chats.jsonl"
+    code, out, err = finish(
+        start(
+            f"configs/train/lora.py:{chats}",
+            tmp_path,
+            f"--config.model={base}",
+            "--config.loop.num_steps=3",
+            "--config.optimiser.warmup_steps=1",
+            "--config.data.length=256",
+            "--config.data.batch_size=2",
+            "--config.step.dtype=float32",
+        )
+    )
+    assert code == 0, err
+    assert "parameters frozen:" in out
+    assert sorted(step for step, *_ in losses(tmp_path)) == [1, 2, 3]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(ids).logits
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert (with_adapter(ids).logits - before).abs().max() > 1e-6
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(

@@ -1,0 +1,1 @@
+"""Recipes of training: one Python file a run."""

@@ -1,0 +1,1 @@
+from tests.tools.conftest import environment, run_tool  # noqa: F401

@@ -1,0 +1,29 @@
+"""Makes a small chat model from nothing: problems, a tokenizer, training.
+
+    python -m tools.build_embedded --workdir=runs/embedded
+
+It learns arithmetic of several digits, to read a key out of a passage, to sort and reverse short
+lists and some phrases between English and Chinese, each with thinking and without, and to call a
+calculator. WORKDIR/model is a checkpoint in Hugging Face's layout. A run that was interrupted goes
+on when it is started again.
+"""
+
+from absl import flags
+
+from qwen_jax.embedded.build import build
+from tools import command_line
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+_PROBLEMS = flags.DEFINE_integer("problems", 60_000, "Problems to learn from.", lower_bound=100)
+_STEPS = flags.DEFINE_integer("steps", 1500, "Updates, of 4,096 tokens each.", lower_bound=4)
+_SEED = flags.DEFINE_integer("seed", 0, "Of problems, order and parameters.", lower_bound=0)
+
+
+def main() -> None:
+    """Builds it."""
+    done = build(command_line.path(_WORKDIR), _PROBLEMS.value, _STEPS.value, _SEED.value)
+    command_line.leave_if_stopped(done, _STEPS.value)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
