@@ -15,7 +15,7 @@ from qwen_jax.training.optimisers import OptimiserOptions
 from qwen_jax.training.run import RunOptions, run
 
 _TRAINED, _HELD_OUT = "train.jsonl", "held_out.jsonl"
-_NUM_HELD_OUT = 500
+_MOST_HELD_OUT = 500
 _SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -112,7 +112,7 @@ def build(workdir: Path, problems: int, num_steps: int, seed: int = 0) -> int:
     """
     data, base = workdir / "data", workdir / "base"
     if not (base / "config.json").exists():
-        write_data(data, problems, _NUM_HELD_OUT, seed)
+        write_data(data, problems, min(problems // 10, _MOST_HELD_OUT), seed)
         write_base(base, seed)
     options = run_options(num_steps, seed)
 

@@ -56,7 +56,7 @@ class LowRankWeight:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """How many rows `a` has."""
         return self.b.shape[-1]
 
 

@@ -78,8 +78,10 @@ def cut_up(text, messages, options):
     for role, (_, body) in zip(roles, turns, strict=True):
         if role not in options.learn:
             continue
-        if role == "assistant" and not options.thinking:
-            body = re.sub(r"^\s*<think>.*?</think>\s*", "", body, flags=re.DOTALL)
+        if role == "assistant":
+            # A prompt that asks for no thinking ends with an empty block.
+            thinking = r"\s*" if options.thinking else ".*?"
+            body = re.sub(rf"^\s*<think>{thinking}</think>\s*", "", body, flags=re.DOTALL)
         if role == "assistant" and not options.tool_calls:
             body = re.sub(r"\s*<tool_call>.*?</tool_call>\s*", "", body, flags=re.DOTALL)
         chosen.append(body)
