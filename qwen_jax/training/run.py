@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def run(
             )
 
     with Checkpoints(workdir, options.loop.keep, "eval_loss" if evaluate else None) as checkpoints:
+        start = max(checkpoints.steps, default=0)
         state, done = train(
             step,
             state,
@@ -153,23 +155,26 @@ def run(
         )
     if jax.process_index() == 0:
         draw_curve(workdir)
-    if done == options.loop.num_steps:
-        tell(_export(options, workdir, model, state))
+    target = workdir / (MODEL if options.lora is None else ADAPTER)
+    if done == options.loop.num_steps and (done > start or not target.exists()):
+        _export(options, target, model, state)
+        tell(f"written: {target}")
     return done
 
 
 def _settle(options: RunOptions, workdir: Path) -> None:
-    """Writes `run.json`, or checks that a run that goes on is the same run."""
+    """Writes `run.json`; checks that a run that goes on is the same run."""
     path = workdir / SETTINGS
+    goes_on = any((workdir / "checkpoints").glob("[0-9]*"))
     wanted = json.loads(json.dumps(dataclasses.asdict(options)))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.is_file() else wanted
+        before = json.loads(path.read_text()) if goes_on else wanted
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be used ({error})") from None
     for name, value in _flat(wanted).items():
         old = _flat(before).get(name)
-        if old != value and not name.startswith(_FREE):
+        if goes_on and old != value and not name.startswith(_FREE):
             raise UserError(
                 f"{path}: the run was begun with {name} = {old}, not {value}; set it back or give "
                 "another workdir"
@@ -267,16 +272,14 @@ def _nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _export(options: RunOptions, workdir: Path, model: Decoder, state: TrainState) -> str:
-    """Writes what was learned; returns a line that says where."""
-    target = workdir / (MODEL if options.lora is None else ADAPTER)
-    if target.exists():
-        return f"{target} is there already"
+def _export(options: RunOptions, target: Path, model: Decoder, state: TrainState) -> None:
+    """Writes what was learned, in the place of what a shorter run had left."""
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
     if options.lora is not None:
         save_adapter(target, model.config, combine(state.params, state.frozen), options.model)
-        return f"adapter: {target}"
+        return
     save_pretrained(target, model.config, state.params)
-    if jax.process_index() == 0:
-        source = resolve_source(options.tokenizer or options.model, weights=False)
-        copy_companions(source, target)
-    return f"model: {target}"
+    if first:
+        copy_companions(resolve_source(options.tokenizer or options.model, weights=False), target)

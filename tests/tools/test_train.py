@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
 ):
     code, _, err = finish(start(config, tmp_path, f"--config.loop.num_steps={STEPS - 1}"))
     assert code == 0, err
-    checkpoints = tmp_path / "checkpoints"
+    checkpoints, shorter = tmp_path / "checkpoints", weights(tmp_path)
     newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
     assert newest == STEPS - 1
     for file in (checkpoints / str(newest) / "state").rglob("*"):
@@ -197,6 +197,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert f"{newest}: cannot be read" in err
     assert "the run goes on from step" in err
     assert (checkpoints / "damaged" / str(newest)).is_dir()
+    # The model is that of the last step, not the one that the shorter run had left.
+    assert losses(tmp_path)[-1][0] == STEPS
+    assert any((shorter[name] != tensor).any() for name, tensor in weights(tmp_path).items())
 
 
 @pytest.mark.parametrize(
