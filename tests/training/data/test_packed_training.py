@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.pipeline import make_loader
-from qwen_jax.training.objective import Batch, TrainOptions, objective
+from qwen_jax.training.objective import Batch, TrainOptions, metrics_of, objective
 from tests.sharding.models import CONFIGS, one_device
 from tests.training.data.conftest import chat_file, text_file
 
@@ -24,7 +24,8 @@ def learn(request, tokenizer):
     @jax.jit
     def run(batch):
         grad = jax.value_and_grad(lambda p: objective(model, p, batch, EXACT), has_aux=True)
-        return grad(params)
+        (loss, sums), gradients = grad(params)
+        return (loss, metrics_of(sums, EXACT)), gradients
 
     return run
 
