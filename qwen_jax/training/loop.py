@@ -30,7 +30,8 @@ class LoopOptions:
     Attributes:
       num_steps: updates.
       checkpoint_every: steps between checkpoints; the last step has one anyway.
-      keep: how many of the newest checkpoints stay, beside the one of the least evaluation loss.
+      keep: how many of the newest checkpoints stay, beside the one of the least evaluation loss,
+        of those at whose step there was an evaluation.
       eval_every: steps between evaluations; 0 for none.
       on_nonfinite: what follows a step whose loss or gradients are NaN or infinite, and which
         changed nothing: "stop" the run with an error, or "skip" the batch.
@@ -93,7 +94,7 @@ def train(
       UserError: the loss is not finite and the options say to stop; a checkpoint cannot be written
         or read.
     """
-    start, latest = 0, {}
+    start = 0
     if checkpoints.steps:
         state, start = checkpoints.restore(state, data)
     with contextlib.ExitStack() as stack:
@@ -103,16 +104,23 @@ def train(
             stack.callback(sink.close)
         reporter = Reporter(sinks, every, flops, peak)
         for number in range(start + 1, options.num_steps + 1):
-            state, metrics = step(state, place(next(data)))
+            arrays = next(data, None)
+            if arrays is None:
+                raise UserError(
+                    f"the data ends before step {number} of {options.num_steps}; give more epochs "
+                    "(None for ever) or fewer steps"
+                )
+            state, metrics = step(state, place(arrays))
             rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
             _check(reporter.step(number, metrics, **rate), options)
             stopping, last = asked_to_stop(number), number == options.num_steps
+            figures = None
             if evaluate and options.eval_every and (last or number % options.eval_every == 0):
-                latest = evaluate(state)
-                reporter.note(number, latest)
+                figures = evaluate(state)
+                reporter.note(number, figures)
             if stopping or last or number % options.checkpoint_every == 0:
                 _check(reporter.flush(), options)
-                checkpoints.save(state, number, data, latest or None)
+                checkpoints.save(state, number, data, figures)
             if stopping:
                 return state, number
     return state, max(start, options.num_steps)

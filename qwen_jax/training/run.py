@@ -115,6 +115,8 @@ def run(
     Raises:
       UserError: in one line, whatever is wrong with settings, files, data or the loss.
     """
+    if config is not None and not options.from_scratch:
+        raise UserError("from_scratch is not set: sizes alone have no parameters to go on from")
     _settle(options, workdir)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     model, params = _begin(options, config)
@@ -132,7 +134,8 @@ def run(
         def evaluate(state: TrainState) -> dict[str, float]:
             batches = make_loader(options.eval_data, tokenizer, process, processes)
             return loss(
-                combine(state.params, state.frozen), (to_devices(batch) for batch in batches)
+                combine(state.params, state.frozen),
+                (to_devices(batch, model.mesh) for batch in batches),
             )
 
     with Checkpoints(workdir, options.loop.keep, "eval_loss" if evaluate else None) as checkpoints:

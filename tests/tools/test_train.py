@@ -156,6 +156,22 @@ def test_a_run_on_a_mesh_learns_what_one_device_does(start, config, unbroken, tm
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
+def test_data_that_ends_too_soon_is_named(start, config, tmp_path):
+    chats = config.parent / "chats.jsonl"
+    code, _, err = finish(
+        start(
+            f"configs/train/lora.py:{chats}",
+            tmp_path,
+            f"--config.model={config.parent / 'model'}",
+            "--config.data.epochs=1",
+            "--config.data.length=256",
+            "--config.step.dtype=float32",
+        )
+    )
+    assert code == 1
+    assert "of 500; give more epochs (None for ever) or fewer steps" in err
+
+
 def test_a_recipe_trains_adapters_that_peft_reads(start, config, tmp_path):
     """The recipe of adapters, on a small model and few chats."""
     base, chats = config.parent / "model", config.parent / "chats.jsonl"
@@ -209,6 +225,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
         (["--config.loop.num_steps=0"], "config.loop: num_steps = 0 must be at least 1"),
         (["--config.optimiser.name=lion"], "'lion' is not known; known: adamw, muon, adafactor"),
         (["--config.mesh=fsdp:3000"], "mesh fsdp:3000 needs 3000 devices"),
+        (["--config.preset=qwen3-0.6b"], "from_scratch is not set: sizes alone have no parameters"),
     ],
 )
 def test_bad_settings_end_in_one_line(start, config, tmp_path, arguments, message):
