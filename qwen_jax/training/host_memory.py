@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     XLA's CPU backend allocates a program's temporaries anew for each call. By default glibc takes
     blocks of that size from the system and gives them back at once, so that each step has all of
     its pages zeroed and mapped again. It is for processes that do one thing, over and over; and for
-    before JAX makes its threads, whose arenas would stay as they are.
+    before there are threads (JAX starts them with its first device), which keep their own arenas.
 
     Returns:
       Whether it is so from now on; not where another C library, or a device, does the allocating.
