@@ -44,13 +44,9 @@ def harness_model(respondent: Respondent, name: str) -> Any:
     Raises:
       UserError: lm-eval is not installed.
     """
-    try:
-        from lm_eval import utils
-        from lm_eval.api.model import TemplateLM
-    except ImportError:
-        raise UserError(
-            "tasks of lm-evaluation-harness need lm-eval; install it (pip install lm-eval)"
-        ) from None
+    check_installed()
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
 
     class HarnessModel(TemplateLM):
         """Hands every request to the respondent."""
@@ -128,8 +124,19 @@ def harness_model(respondent: Respondent, name: str) -> Any:
     return HarnessModel()
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundTasks:
+    """Attributes:
+    manager: the harness's index of tasks.
+    names: of the tasks in it that are asked for, all of which can be loaded.
+    """
+
+    manager: Any
+    names: list[str]
+
+
 def run_harness(
-    respondent: Respondent, options: HarnessOptions, name: str
+    respondent: Respondent, options: HarnessOptions, name: str, found: FoundTasks | None = None
 ) -> tuple[list[Figure], list[dict[str, Any]]]:
     """Runs the tasks.
 
@@ -137,6 +144,7 @@ def run_harness(
       respondent: the model.
       options: what is run.
       name: of the model.
+      found: by `find_tasks`, where that has been called.
 
     Returns:
       The scores, and each document with what was answered and how that was scored.
@@ -148,12 +156,12 @@ def run_harness(
     model = harness_model(respondent, name)
     from lm_eval import simple_evaluate
 
+    found = find_tasks(options) if found is None else found
     with _quiet():
-        manager, tasks = _find_tasks(options)
         results = simple_evaluate(
             model,
-            tasks=tasks,
-            task_manager=manager,
+            tasks=found.names,
+            task_manager=found.manager,
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             apply_chat_template=options.chat,
@@ -170,8 +178,32 @@ def run_harness(
     return _figures(results, samples), samples
 
 
-def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
-    """The harness's index of tasks, and the names in it that are asked for, all loadable."""
+def find_tasks(options: HarnessOptions) -> FoundTasks:
+    """Looks the tasks up and loads them, before a model has to run.
+
+    Raises:
+      UserError: lm-eval is not installed, or a task is unknown or cannot be loaded.
+    """
+    check_installed()
+    with _quiet():
+        return _find_tasks(options)
+
+
+def check_installed() -> None:
+    """Imports lm-eval.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "tasks of lm-evaluation-harness need lm-eval; install it (pip install lm-eval)"
+        ) from None
+
+
+def _find_tasks(options: HarnessOptions) -> FoundTasks:
     from lm_eval.tasks import TaskManager
 
     path = options.task_path
@@ -199,7 +231,7 @@ def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
         raise UserError(
             f"task {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    return manager, tasks
+    return FoundTasks(manager, tasks)
 
 
 def _figures(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[Figure]:

@@ -274,6 +274,17 @@ def test_a_setting_that_is_not_honoured_is_refused_by_name(respondent, settings,
 
 
 def test_tasks_that_cannot_be_run_are_named(respondent, task_path, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    class OwnTasksOnly(tasks.TaskManager):
+        """The harness's index takes half a minute to make."""
+
+        def __init__(self, include_path, include_defaults):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", OwnTasksOnly)
+    with pytest.raises(UserError, match=f"^task choses is not in the harness nor in {task_path};"):
+        run_harness(respondent, HarnessOptions(("choices", "choses"), task_path), "m")
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: x\n")
     with pytest.raises(UserError, match=r"^task broken cannot be loaded \("):
         run_harness(respondent, HarnessOptions(("broken",), tmp_path), "m")
