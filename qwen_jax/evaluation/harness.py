@@ -5,10 +5,14 @@ import dataclasses
 import io
 import logging
 import math
+import random
 import statistics
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.figures import Figure
@@ -124,19 +128,11 @@ def harness_model(respondent: Respondent, name: str) -> Any:
     return HarnessModel()
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundTasks:
-    """Attributes:
-    manager: the harness's index of tasks.
-    names: of the tasks in it that are asked for, all of which can be loaded.
-    """
-
-    manager: Any
-    names: list[str]
-
-
 def run_harness(
-    respondent: Respondent, options: HarnessOptions, name: str, found: FoundTasks | None = None
+    respondent: Respondent,
+    options: HarnessOptions,
+    name: str,
+    tasks: Mapping[str, Any] | None = None,
 ) -> tuple[list[Figure], list[dict[str, Any]]]:
     """Runs the tasks.
 
@@ -144,7 +140,7 @@ def run_harness(
       respondent: the model.
       options: what is run.
       name: of the model.
-      found: by `find_tasks`, where that has been called.
+      tasks: as `find_tasks` returns them, where that has been called.
 
     Returns:
       The scores, and each document with what was answered and how that was scored.
@@ -154,23 +150,23 @@ def run_harness(
         supported.
     """
     model = harness_model(respondent, name)
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
-    found = find_tasks(options) if found is None else found
+    tasks = find_tasks(options) if tasks is None else tasks
+    for task in tasks["tasks"].values():
+        _set_examples(task, options.num_fewshot, respondent.seed)
+    # Tasks draw from these, and not from generators of their own.
+    random.seed(respondent.seed)
+    np.random.seed(respondent.seed)
     with _quiet():
-        results = simple_evaluate(
+        results = evaluate(
             model,
-            tasks=found.names,
-            task_manager=found.manager,
-            num_fewshot=options.num_fewshot,
+            tasks,
             limit=options.limit,
             apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
             # Its bootstrap forks processes, which JAX's threads do not survive.
             bootstrap_iters=0,
-            random_seed=respondent.seed,
-            numpy_random_seed=respondent.seed,
-            torch_random_seed=None,
-            fewshot_random_seed=respondent.seed,
         )
     samples = [
         {"task": task, **sample} for task, found in results["samples"].items() for sample in found
@@ -178,8 +174,21 @@ def run_harness(
     return _figures(results, samples), samples
 
 
-def find_tasks(options: HarnessOptions) -> FoundTasks:
-    """Looks the tasks up and loads them, before a model has to run.
+def _set_examples(task: Any, num_fewshot: int | None, seed: int) -> None:
+    """As the harness does it: a task that says 0 has none, whatever is asked for."""
+    own = task.get_config("num_fewshot")
+    if own == 0 and num_fewshot:
+        warnings.warn(
+            f"task {task.config.task} allows no examples, and gets none of the {num_fewshot}",
+            stacklevel=3,
+        )
+    elif num_fewshot is not None or own is None:
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+def find_tasks(options: HarnessOptions) -> Mapping[str, Any]:
+    """Looks the tasks up and loads them, before a model has to run; as the harness has them.
 
     Raises:
       UserError: lm-eval is not installed, or a task is unknown or cannot be loaded.
@@ -203,7 +212,7 @@ def check_installed() -> None:
         ) from None
 
 
-def _find_tasks(options: HarnessOptions) -> FoundTasks:
+def _find_tasks(options: HarnessOptions) -> Mapping[str, Any]:
     from lm_eval.tasks import TaskManager
 
     path = options.task_path
@@ -226,17 +235,24 @@ def _find_tasks(options: HarnessOptions) -> FoundTasks:
     found = (task for name in options.tasks for task in manager.match_tasks([name]))
     tasks = list(dict.fromkeys(found))
     try:
-        manager.load(tasks)
+        loaded = manager.load(tasks)
     except Exception as error:  # Of the task's file, its data, or a package that it needs.
         raise UserError(
             f"task {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    return FoundTasks(manager, tasks)
+    for name, task in loaded["tasks"].items():
+        for trait, why in (
+            ("UNSAFE_CODE", "runs code that the model has written"),
+            ("MULTIMODAL", "asks about more than text"),
+        ):
+            if getattr(task, trait, False):
+                raise UserError(f"task {name} {why}, which is not supported; leave it out")
+    return loaded
 
 
 def _figures(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[Figure]:
     figures = []
-    for task, scores in {**results["results"], **results.get("groups", {})}.items():
+    for task, scores in results["results"].items():
         own = [sample for sample in samples if sample["task"] == task]
         count = results["n-samples"][task]["effective"] if task in results["n-samples"] else None
         for key, value in scores.items():
