@@ -213,6 +213,15 @@ def test_stop_strings_cut_and_special_tokens_stop(respondent):
     assert writing.stop_strings == ("x",)
 
 
+def test_what_stands_before_a_text_without_context_is_the_prefix(theirs, respondent):
+    """Also where the context is blank, which the harness moves behind its end."""
+    ids = respondent.encode("the sea")
+    assert respondent.prefix_id == theirs.prefix_token_id
+    ((expected, _),) = theirs._loglikelihood_tokens([(None, [theirs.prefix_token_id], ids)], True)
+    ((found, _),) = respondent.likelihoods([([], ids)])
+    assert found == pytest.approx(expected, abs=10 * TOLERANCE)
+
+
 def test_requests_of_other_settings_are_answered_in_order(respondent):
     rng = random.Random(1)
     requests = [
