@@ -27,7 +27,6 @@ from qwen_jax.benchmark.dispatch import DispatchRow, measure_dispatch
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
 from qwen_jax.benchmark.pictures import draw_dispatch
-from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.benchmark.throughput import measure_throughput
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
@@ -36,6 +35,7 @@ from qwen_jax.evaluation.language_model import check_language_model
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
 from qwen_jax.nn.moe import Dispatch, choose_dispatch
+from qwen_jax.provenance import provenance
 from qwen_jax.reference import import_reference
 from tools import command_line, mesh_flag
 

@@ -7,8 +7,8 @@ import pytest
 
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
-from qwen_jax.benchmark.provenance import git_hash
 from qwen_jax.errors import UserError
+from qwen_jax.provenance import git_hash
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.tools.conftest import ROOT, refusal
 
@@ -79,12 +79,6 @@ def test_a_load_that_fails_says_why(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(UserError, match=r"^measuring transformers failed: transformers cannot lo"):
         measure_load("transformers", tmp_path)
-
-
-def test_no_hash_is_recorded_outside_a_checkout(tmp_path):
-    assert git_hash(tmp_path) is None
-    (tmp_path / ".git").mkdir()
-    assert git_hash(tmp_path) is None
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["directory", "results"])
