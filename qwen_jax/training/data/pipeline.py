@@ -132,7 +132,12 @@ def make_loader(
     here = options.batch_size // process_count
     # Rows of zeros are padding all through.
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=here)
-    return Batches(rows.batch(here, drop_remainder=False, batch_fn=fill))
+    batches = rows.batch(here, drop_remainder=False, batch_fn=fill)
+    if options.threads:
+        # Rows are packed many at a time: as many batches ahead, so that steps do not wait for that.
+        ahead = 2 + options.packing_rows // here
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
+    return Batches(batches)
 
 
 @dataclasses.dataclass(frozen=True)
