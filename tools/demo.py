@@ -1,132 +1,146 @@
-"""The main job on a small model: write a checkpoint, load it, check it, talk to it.
+"""The main job on the model that the package brings along: load it, check it, talk to it.
 
     python -m tools.demo
 
-The model is a Qwen3 of random weights, so what it says is noise: everything else is the real
-thing, from the files in Hugging Face layout to the streamed answer.
+It is a Qwen3 of 1.9 M parameters, which `tools.build_embedded` trains in under 40 minutes. The
+problems that it is asked here are held out of its training.
 """
 
-import shutil
-import sys
+import re
+import textwrap
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from absl import flags
 
 import qwen_jax
-from qwen_jax.checkpoint.writer import write_json
-from qwen_jax.config import LayerKind, ModelConfig, RopeSpec
+from qwen_jax.checkpoint.hub import EMBEDDED, resolve_source
+from qwen_jax.embedded.chats import CALCULATOR
 from qwen_jax.errors import UserError
-from qwen_jax.inference.conversation import Conversation
+from qwen_jax.evaluation.problems import held_out_problems
+from qwen_jax.inference.completion import complete, ends_inside_reasoning
+from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.inference.defaults import load_generation_defaults
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.cache import init_cache
+from qwen_jax.text import Reply, parse_reply
 from tools import command_line
 
-_WORKDIR = flags.DEFINE_string("workdir", ".cache/demo", "Where the checkpoint is written.")
-_PROMPT = flags.DEFINE_string("prompt", "Hello! Who are you?", "What the user says.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Length of the answer.", lower_bound=1)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the weights and of the draws.", lower_bound=0, upper_bound=2**32 - 1
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the problems.", lower_bound=0)
 
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TOLERANCE = 1e-4
+_WIDTH = 48
+_MOST_NEW_TOKENS = 256
 
 
 def main() -> None:
     """Runs the demonstration."""
-    if not _PROMPT.value:
-        raise UserError("--prompt is empty; give some text")
-    directory = command_line.path(_WORKDIR) / "qwen3-random"
-    print(f"Writing a small Qwen3 to {directory}. Its weights are random: it will say nonsense.")
-    try:
-        _write_checkpoint(directory, _SEED.value)
-    except OSError as error:
-        message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
-        raise UserError(message) from None
-
     start = time.perf_counter()
-    model, params = qwen_jax.load_pretrained(directory)
-    tokenizer = qwen_jax.load_tokenizer(directory)
+    model, params = qwen_jax.load_pretrained(EMBEDDED)
+    tokenizer = qwen_jax.load_tokenizer(EMBEDDED)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     elapsed = time.perf_counter() - start
     print(f"Loaded {count / 1e6:.1f} M parameters in {elapsed:.2f} s on {jax.devices()[0]}.")
 
-    difference = _cached_against_full(model, params, tokenizer.encode(_PROMPT.value))
+    problems = held_out_problems(1, _SEED.value)
+    difference = _cached_against_full(model, params, tokenizer.encode(problems[0].question))
     print(f"Checked: token by token equals one pass within {difference:.1e}.")
     if not difference <= _TOLERANCE:
         raise UserError(f"the check failed: {difference} is above {_TOLERANCE}")
 
-    print(f"\nuser: {_PROMPT.value}\nassistant: ", end="", flush=True)
-    defaults = load_generation_defaults(directory)
-    _, timing = Conversation(model, params, tokenizer).reply(
-        _PROMPT.value,
-        _MAX_NEW_TOKENS.value,
-        defaults.options,
-        defaults.stop_ids,
-        seed=_SEED.value,
-        on_text=_write,
-    )
-    print(
-        f"\n\nTime to the first token {timing.first_token_s:.2f} s (compiling included), then "
-        f"{timing.tokens_per_s:.0f} tokens/s."
-    )
+    speaker = _Speaker(model, params, tokenizer)
+    for problem in problems:
+        replies = [speaker.say(problem.question, thinking) for thinking in (True, False)]
+        cells = [_as_text(reply, problem.answer) for reply in replies]
+        print(f"\nuser: {problem.question}")
+        _print_side_by_side(["with thinking", *cells[0]], ["without", *cells[1]])
+    _call_a_tool(speaker, next(p for p in problems if p.expression is not None))
+    first, rest = speaker.timings[-1].first_token_s, speaker.timings[-1].tokens_per_s
+    print(f"\nThe last answer: first token after {1e3 * first:.0f} ms, then {rest:.0f} tokens/s.")
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+class _Speaker:
+    """A model that is asked by conversations."""
+
+    def __init__(self, model: Decoder, params: Any, tokenizer: qwen_jax.text.Tokenizer):
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._defaults = load_generation_defaults(resolve_source(EMBEDDED))
+        self.timings = []
+
+    def say(self, messages: str | list[dict[str, Any]], thinking: bool, tools=None) -> Reply:
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt = self._tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking
+        )
+        stream = TokenStream(
+            self._model,
+            self._params,
+            [prompt],
+            _MOST_NEW_TOKENS,
+            self._defaults.options,
+            self._defaults.stop_ids,
+        )
+        (completion,), timing = complete(stream, 1, self._tokenizer)
+        self.timings.append(timing)
+        return parse_reply(completion.text, ends_inside_reasoning(self._tokenizer, prompt), tools)
 
 
-def _write_checkpoint(directory: Path, seed: int) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    vocabulary = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    ids = {token: i for i, token in enumerate((*vocabulary, *_SPECIAL))}
-    config = ModelConfig(
-        family="qwen3",
-        vocab_size=len(ids),
-        hidden_size=256,
-        intermediate_size=768,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        layer_types=(LayerKind.FULL_ATTENTION,) * 6,
-        max_position_embeddings=4096,
-        rope=RopeSpec(theta=1_000_000.0),
-        tie_word_embeddings=True,
-        qk_norm=True,
-        eos_token_ids=(ids["<|im_end|>"],),
-        pad_token_id=ids["<|endoftext|>"],
-        dtype="float32",
-    )
-    variables = Decoder(config).init(jax.random.key(seed), np.zeros((1, 1), np.int32))
-    qwen_jax.save_pretrained(directory, config, variables["params"])
-    _write_tokenizer(directory, ids)
-    write_json(
-        directory / "generation_config.json",
-        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8,
-         "eos_token_id": list(config.eos_token_ids)},
-    )  # fmt: skip
+def _as_text(reply: Reply, answer: str) -> list[str]:
+    """Lines of a reply, marked by whether it is right."""
+    lines = []
+    if reply.reasoning is not None:
+        lines = ["<think>", *reply.reasoning.strip().splitlines(), "</think>"]
+    content = reply.content.strip()
+    verdict = "right" if content == answer else f"wrong: it is {answer}"
+    return [*lines, f"{content}   ({verdict})"]
 
 
-def _write_tokenizer(directory: Path, ids: dict[str, int]) -> None:
-    """A byte-level vocabulary without merges: any text, a token a byte."""
-    vocabulary = {token: i for token, i in ids.items() if token not in _SPECIAL}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token) for token in _SPECIAL])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    write_json(directory / "tokenizer_config.json", config)
+def _print_side_by_side(left: list[str], right: list[str]) -> None:
+    columns = [
+        [line for text in column for line in textwrap.wrap(text, _WIDTH) or [""]]
+        for column in (left, right)
+    ]
+    for i in range(max(map(len, columns))):
+        a, b = (column[i] if i < len(column) else "" for column in columns)
+        # Chinese characters are two columns wide.
+        padding = _WIDTH - len(a) - sum(ord(c) > 0x2E7F for c in a)
+        print(f"  {a}{' ' * padding} | {b}".rstrip())
+
+
+def _call_a_tool(speaker: _Speaker, problem: Any) -> None:
+    """One problem with the calculator at hand: the call, its result, the answer."""
+    messages = [{"role": "user", "content": problem.question}]
+    print(f"\nuser: {problem.question}   (a calculator is at hand)")
+    reply = speaker.say(messages, True, [CALCULATOR])
+    if len(reply.tool_calls) != 1:
+        print(f"assistant: {reply.content.strip()}   (no call)")
+        return
+    (call,) = reply.tool_calls
+    print(f"assistant calls {call.name}: {call.arguments}")
+    result = _calculate(call.arguments.get("expression", ""))
+    print(f"tool: {result}")
+    function = {"name": call.name, "arguments": call.arguments}
+    messages += [
+        {
+            "role": "assistant",
+            "content": reply.content,
+            "reasoning_content": (reply.reasoning or "").strip(),
+            "tool_calls": [{"type": "function", "function": function}],
+        },
+        {"role": "tool", "content": result},
+    ]
+    print(f"assistant: {speaker.say(messages, True, [CALCULATOR]).content.strip()}")
+
+
+def _calculate(expression: str) -> str:
+    found = re.fullmatch(r"\s*(\d+)\s*([+*-])\s*(\d+)\s*", expression)
+    if not found:
+        return f"cannot compute {expression!r}"
+    a, sign, b = int(found[1]), found[2], int(found[3])
+    return str({"+": a + b, "-": a - b, "*": a * b}[sign])
 
 
 def _cached_against_full(model: Decoder, params: Any, ids: list[int]) -> float:

@@ -24,15 +24,21 @@ class _TerminalBar(hub_bar):
         super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})
 
 
+# The small chat model that the package brings along, which `qwen_jax.embedded` makes.
+EMBEDDED = "embedded"
+_EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
+
+
 def resolve_source(source: str | Path, weights: bool = True) -> Path:
-    """The directory of `source`: itself, or the local copy of a hub repository.
+    """The directory of `source`: itself, the local copy of a hub repository, or the package's own.
 
     Downloads go to huggingface_hub's cache, from `HF_ENDPOINT` where that is set, with a progress
     bar on a terminal. Safetensors are preferred to `.bin` files. Code that a repository brings is
     not even downloaded.
 
     Args:
-      source: a directory, or a hub id such as `Qwen/Qwen3-0.6B`.
+      source: a directory, a hub id such as `Qwen/Qwen3-0.6B`, or "embedded" where no directory
+        is called so.
       weights: whether weights are needed, or the small files beside them are enough.
 
     Raises:
@@ -62,6 +68,8 @@ def resolve_source(source: str | Path, weights: bool = True) -> Path:
         raise UserError(f"{source}: cannot be read ({reason}); give another source") from None
     if exists:
         raise UserError(f"{path}: is a file; give the directory that holds config.json")
+    if str(source) == EMBEDDED:
+        return _EMBEDDED_MODEL
     if not _HUB_ID.fullmatch(str(source)):
         raise UserError(
             f"{source}: no such directory, and not a hub id; give one of the two, "

@@ -3,16 +3,20 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.checkpoint.writer import write_json
 from qwen_jax.embedded.chats import chats
 from qwen_jax.embedded.tokenizer import write_tokenizer
+from qwen_jax.pretrained import load_tokenizer
 from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.loop import LoopOptions
 from qwen_jax.training.objective import TrainOptions
 from qwen_jax.training.optimisers import OptimiserOptions
-from qwen_jax.training.run import RunOptions, run
+from qwen_jax.training.run import MODEL, RunOptions, run
 
 _TRAINED, _HELD_OUT = "train.jsonl", "held_out.jsonl"
 _MOST_HELD_OUT = 500
@@ -53,7 +57,13 @@ def write_base(directory: Path, seed: int) -> None:
     """Writes the tokenizer and config.json."""
     records = itertools.islice(chats(seed, 4000, False), 8000)
     write_tokenizer(directory, (_words(record) for record in records), _SIZES["vocab_size"])
-    (directory / "config.json").write_text(json.dumps(_SIZES, indent=1) + "\n")
+    tokenizer = load_tokenizer(directory)
+    ids = {
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+    }
+    write_json(directory / "generation_config.json", {"do_sample": False, **ids})
+    write_json(directory / "config.json", {**_SIZES, **ids})
 
 
 def _words(record: dict[str, Any]) -> str:
@@ -102,7 +112,7 @@ def build(workdir: Path, problems: int, num_steps: int, seed: int = 0) -> int:
     """Makes data and tokenizer where they are not there yet, and trains; `training.run.run` else.
 
     Args:
-      workdir: of everything; `model/` is what comes of it.
+      workdir: of everything; `published/` is what comes of it, `model/` the same in float32.
       problems: to learn from.
       num_steps: updates.
       seed: of problems, order and parameters.
@@ -126,4 +136,9 @@ def build(workdir: Path, problems: int, num_steps: int, seed: int = 0) -> int:
         data=at(options.data, _TRAINED),
         eval_data=at(options.eval_data, _HELD_OUT),
     )
-    return run(options, workdir)
+    done = run(options, workdir)
+    published = workdir / "published"
+    if done == num_steps:
+        shutil.rmtree(published, ignore_errors=True)
+        convert(workdir / MODEL, published, "hf", dtype="bfloat16")
+    return done
