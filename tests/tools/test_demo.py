@@ -2,47 +2,22 @@
 
 import re
 
-import pytest
 
-from tests.tools.conftest import refusal
-
-
-@pytest.fixture(scope="module")
-def runs(run_tool, tmp_path_factory):
-    """Two runs in one directory, which is not there at first."""
-    workdir = tmp_path_factory.mktemp("demo") / "a" / "b"
-    results = [run_tool("demo", f"--workdir={workdir}", "--max_new_tokens=24") for _ in range(2)]
-    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 2
-    return workdir, [result.stdout for result in results]
-
-
-def test_the_demo_writes_loads_checks_and_answers(runs):
-    workdir, (out, _) = runs
-    assert "Its weights are random" in out
-    (difference,) = re.findall(r"token by token equals one pass within (\S+)\.\n", out)
+def test_the_demo_checks_the_model_and_shows_both_modes_and_a_call(run_tool):
+    result = run_tool("demo")
+    assert (result.returncode, result.stderr) == (0, "")
+    (difference,) = re.findall(r"token by token equals one pass within (\S+)\.\n", result.stdout)
     assert 0 < float(difference) < 1e-4
-    pattern = r"Time to the first token (\S+) s \(compiling included\), then (\S+) tokens/s"
-    (times,) = re.findall(pattern, out)
-    assert all(float(number) > 0 for number in times)
-    written = {path.name for path in (workdir / "qwen3-random").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
+    assert result.stdout.count("with thinking") == result.stdout.count("| without") >= 7
+    assert "(right)" in result.stdout
+    assert "<think>" in result.stdout
+    assert "assistant calls calculator: {'expression': '" in result.stdout
+    (rate,) = re.findall(r"then (\S+) tokens/s", result.stdout)
+    assert float(rate) > 0
 
 
-def test_a_second_run_says_the_same(runs):
-    first, second = (out.partition("assistant: ")[2].partition("\n\nTime")[0] for out in runs[1])
-    assert first
-    assert first == second
-
-
-def test_a_directory_that_cannot_be_written_is_named(run_tool, tmp_path):
-    (tmp_path / "file").write_text("")
-    result = run_tool("demo", f"--workdir={tmp_path / 'file'}")
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"--workdir={tmp_path / 'file'}: cannot be written (")
-
-
-def test_an_empty_prompt_is_refused(run_tool, tmp_path):
-    assert refusal(run_tool("demo", f"--workdir={tmp_path}", "--prompt=")).startswith(
-        "--prompt is empty"
-    )
+def test_other_problems_are_shown_for_another_seed(run_tool):
+    questions = [
+        re.findall(r"user: (.*)", run_tool("demo", f"--seed={seed}").stdout) for seed in (1, 2)
+    ]
+    assert questions[0] != questions[1]

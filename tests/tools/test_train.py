@@ -106,8 +106,9 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_its_curve(unbroken):
     assert not list(unbroken.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("moment", ["step 1", "step 5", "a save"])
+@pytest.mark.parametrize("moment", ["step 1", "step 5", "step 14", "a save"])
 def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path, moment):
+    """With -s it prints a row of a table: what was there at the kill, and what came of it."""
     process = start(config, tmp_path)
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
@@ -122,9 +123,15 @@ def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path,
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.communicate()
+    made = len(losses(tmp_path))
+    saved = [p.name for p in (tmp_path / "checkpoints").glob("*") if p.name.isdecimal()]
     code, _, err = finish(start(config, tmp_path))
     assert code == 0, err
     assert losses(tmp_path) == losses(unbroken)
+    print(
+        f"\n| {moment} | {made} of {STEPS} | {max(map(int, saved), default='none')} "
+        f"| {losses(tmp_path)[-1][1]:.9f} | {losses(unbroken)[-1][1]:.9f} |"
+    )
     ours, expected = weights(tmp_path), weights(unbroken)
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():

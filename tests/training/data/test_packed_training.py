@@ -49,6 +49,7 @@ def whole_epoch(tokenizer, path, rows, pack, length):
 
 @pytest.mark.parametrize("kind", ["texts", "chats"])
 def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, kind):
+    """With -s it prints a row of a table: padding, loss and gradients of both."""
     write = {"texts": text_file, "chats": chat_file}[kind]
     path = write(tmp_path / "a.jsonl", 9, longest=20 if kind == "texts" else 4)
     packed, counts = whole_epoch(tokenizer, path, 8, True, 96)
@@ -61,6 +62,11 @@ def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, 
     (loss, metrics), gradients = learn(packed)
     (expected, expected_metrics), wanted = learn(single)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    differences = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(), gradients, wanted)
+    print(
+        f"\n| {kind} | {single_counts.padding_share:.0%} | {counts.padding_share:.0%} "
+        f"| {expected:.7f} | {loss:.7f} | {max(jax.tree.leaves(differences)):.1e} |"
+    )
     assert metrics["tokens"] == expected_metrics["tokens"] == counts.learned
     for (name, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True
