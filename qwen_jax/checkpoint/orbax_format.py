@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,18 +225,39 @@ def _broken(path: Path, reason: str | Exception) -> UserError:
     return UserError(f"{path}: broken or incomplete Orbax checkpoint ({reason}); convert it again")
 
 
-@contextlib.contextmanager
-def logs_silenced() -> Iterator[None]:
-    """Keeps from stderr what Orbax logs of a failure, since it raises it as well."""
+def silence_logs() -> Callable[[], None]:
+    """Keeps from stderr what Orbax logs of a failure, since it raises it as well.
+
+    Returns:
+      What ends that.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.disabled for logger in loggers]
+    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
     for logger in loggers:
         logger.disabled = True
+
+    def of_python(unraisable: Any) -> None:
+        # TensorStore's threads speak up where the event loop that waited for them is closed.
+        if unraisable.object is not None:
+            hook(unraisable)
+
+    def restore() -> None:
+        sys.unraisablehook = hook
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+    sys.unraisablehook = of_python
+    return restore
+
+
+@contextlib.contextmanager
+def logs_silenced() -> Iterator[None]:
+    """`silence_logs` for a block."""
+    restore = silence_logs()
     try:
         yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+        restore()
 
 
 def _one_line(reason: str | Exception) -> str:

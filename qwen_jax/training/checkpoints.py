@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from qwen_jax.checkpoint.orbax_format import logs_silenced
+from qwen_jax.checkpoint.orbax_format import logs_silenced, silence_logs
 from qwen_jax.errors import UserError
 from qwen_jax.training.train_step import TrainState
 
@@ -64,12 +64,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        # Its threads log what goes wrong in them, and the next call here raises it as well.
+        self._unsilence = silence_logs()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with _named(self.directory) if kind is None else contextlib.suppress(Exception):
             self._manager.wait_until_finished()
             self._manager.close()
+        if kind is None:
+            # Not behind a failure: asyncio speaks of abandoned tasks until the process has ended.
+            self._unsilence()
 
     @property
     def steps(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Runs in child processes: killed and started again, stopped, damaged, refused."""
 
 import json
+import resource
 import signal
 import time
 
@@ -136,6 +137,25 @@ def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path,
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+def test_a_checkpoint_that_finds_no_room_ends_the_run_and_leaves_it_whole(
+    start, config, unbroken, tmp_path
+):
+    process = start(config, tmp_path)
+    # The system refuses what a file would hold beyond this, as a full disk does.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    code, _, err = finish(process)
+    assert code == 1, err
+    (line,) = err.splitlines()
+    assert f"{tmp_path / 'checkpoints'}: a checkpoint cannot be written" in line
+    assert "make room there and start the run again" in line
+    assert not (tmp_path / "model").exists()
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    assert losses(tmp_path) == losses(unbroken)
+    for name, tensor in weights(tmp_path).items():
+        np.testing.assert_array_equal(tensor, weights(unbroken)[name], err_msg=name)
 
 
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, tmp_path):
