@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from qwen_jax.training.data import DataOptions, SourceOptions
 from qwen_jax.training.loop import LoopOptions
-from qwen_jax.training.objective import TrainOptions
 from qwen_jax.training.optimisers import OptimiserOptions
 from qwen_jax.training.report import ReportOptions
+from qwen_jax.training.step_options import TrainOptions
 
 
 def get_config(chats: str = "chats.jsonl") -> ConfigDict:

@@ -10,9 +10,9 @@ from qwen_jax.embedded.chats import chats
 from qwen_jax.embedded.tokenizer import write_tokenizer
 from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.loop import LoopOptions
-from qwen_jax.training.objective import TrainOptions
 from qwen_jax.training.optimisers import OptimiserOptions
 from qwen_jax.training.run import RunOptions, run
+from qwen_jax.training.step_options import TrainOptions
 
 _TRAINED, _HELD_OUT = "train.jsonl", "held_out.jsonl"
 _MOST_HELD_OUT = 500

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.axes import Layout, num_shards
+from qwen_jax.training.batch import Batch
 from qwen_jax.training.checkpoints import Checkpoints
-from qwen_jax.training.objective import Batch
 from qwen_jax.training.report import Reporter, Sink
 from qwen_jax.training.train_step import TrainState
 

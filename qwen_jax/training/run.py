@@ -25,10 +25,10 @@ from qwen_jax.training.data import DataOptions
 from qwen_jax.training.data.pipeline import make_loader
 from qwen_jax.training.loop import LoopOptions, to_devices, train
 from qwen_jax.training.lora import LoraOptions, add_adapters, is_adapter
-from qwen_jax.training.objective import TrainOptions
 from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_schedule
 from qwen_jax.training.partition import combine, partition
 from qwen_jax.training.report import ReportOptions, draw_curve, known_peak, open_sinks
+from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import (
     TrainState,
     init_train_state,
