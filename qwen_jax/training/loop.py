@@ -152,13 +152,14 @@ def to_devices(arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> Ba
             f"data.batch_size = {rows} does not divide by the mesh's {shards} parts of a batch; "
             f"give a multiple of {shards}"
         )
-    sharding = layout.sharding("batch", "length")
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in arrays.items()
-        }
-    )
+
+    def spread(array: np.ndarray) -> jax.Array:
+        # Pairs have an axis of two between.
+        between = (None,) * (array.ndim - 2)
+        sharding = layout.sharding("batch", *between, "length")
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return Batch(**{name: spread(array) for name, array in arrays.items()})
 
 
 @contextlib.contextmanager

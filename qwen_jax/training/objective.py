@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.models.placement import arrange
 from qwen_jax.training.balancing import RouterSums, balance_loss, router_z_loss
@@ -199,6 +200,20 @@ def router_metrics(router: RouterSums | None, options: TrainOptions) -> Metrics:
         "router_z_loss": router_z_loss(router),
         "expert_counts": router.counts,
     }
+
+
+def check_no_token_losses(model: Decoder, options: TrainOptions) -> None:
+    """Refuses losses that only `NEXT_TOKEN` has.
+
+    Raises:
+      UserError: the options ask for one.
+    """
+    asked = {"z_loss": options.z_loss, "mtp_loss": model.config.mtp_layers and options.mtp_loss}
+    for name, value in asked.items():
+        if value:
+            raise UserError(
+                f"step.{name} = {value} is for next-token training alone; set it to 0 here"
+            )
 
 
 def sum_parts(function: Callable[[Any], Any], parts: Any) -> Any:
