@@ -49,11 +49,11 @@ def write_data(directory: Path, problems: int, held_out: int, seed: int) -> None
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def write_base(directory: Path, seed: int) -> None:
-    """Writes the tokenizer and config.json."""
+def write_base(directory: Path, seed: int, **sizes: Any) -> None:
+    """Writes the tokenizer and config.json, with other sizes where they are given."""
     records = itertools.islice(chats(seed, 4000, False), 8000)
     write_tokenizer(directory, (_words(record) for record in records), _SIZES["vocab_size"])
-    (directory / "config.json").write_text(json.dumps(_SIZES, indent=1) + "\n")
+    (directory / "config.json").write_text(json.dumps(_SIZES | sizes, indent=1) + "\n")
 
 
 def _words(record: dict[str, Any]) -> str:

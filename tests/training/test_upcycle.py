@@ -113,11 +113,13 @@ def test_transformers_loads_what_is_made_of_each_family(tmp_path):
         model, params = qwen_jax.load_pretrained(save_reference(reference, tmp_path / family))
         options = UpcycleOptions(4, 2, 32, shared_intermediate_size=shared)
         config, made = upcycle(model.config, params, options, jax.random.key(0))
-        save_pretrained(tmp_path / "experts", config, made)
+        save_pretrained(tmp_path / "experts" / family, config, made)
         import transformers
 
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "experts", attn_implementation="eager", experts_implementation="eager"
+            tmp_path / "experts" / family,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         ids = random_ids(model, (1, 7))
         expected = reference_logits(theirs, ids)
