@@ -43,7 +43,7 @@ def get_config(argument: str = "chats.jsonl") -> ConfigDict:
             distillation=DistillationOptions(small_model("sft"), dtype="float32", mix=0.9),
             optimiser=OptimiserOptions(learning_rate=6e-3, warmup_steps=20),
             step=SMALL_STEP,
-            loop=LoopOptions(num_steps=300, checkpoint_every=100, eval_every=100),
+            loop=LoopOptions(num_steps=200, checkpoint_every=100, eval_every=50),
             report=ReportOptions(every=10),
             **small_data({"chats": None}, length=512, batch_size=4),
         )

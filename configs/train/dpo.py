@@ -43,9 +43,9 @@ def get_config(argument: str = "pairs.jsonl") -> ConfigDict:
             preference=PreferenceOptions(beta=0.1),
             optimiser=OptimiserOptions(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
             step=SMALL_STEP,
-            loop=LoopOptions(num_steps=150, checkpoint_every=50, eval_every=50),
+            loop=LoopOptions(num_steps=80, checkpoint_every=40, eval_every=20),
             report=ReportOptions(every=5),
-            **small_data({"pairs": None}, length=256, batch_size=16, pack=False),
+            **small_data({"pairs": None}, length=192, batch_size=16, pack=False),
         )
     else:
         pairs = ",".join(word for word in words if word != "lora")

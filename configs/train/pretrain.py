@@ -78,9 +78,9 @@ STAGES = {
 }
 # Lengths are divided by 16 and 32; the rest is the same in kind.
 SMALL_STAGES = {
-    "general": Stage(None, {"general": 1.0}, 256, 8, 1e4, 4e-3, 300),
-    "reasoning": Stage("general", {"reasoning": 0.7, "general": 0.3}, 256, 8, 1e4, 2e-3, 300),
-    "long": Stage("reasoning", {"long": 0.75, "reasoning": 0.25}, 1024, 2, 1e6, 1e-3, 200),
+    "general": Stage(None, {"general": 1.0}, 256, 8, 1e4, 4e-3, 200),
+    "reasoning": Stage("general", {"reasoning": 0.7, "general": 0.3}, 256, 8, 1e4, 2e-3, 200),
+    "long": Stage("reasoning", {"long": 0.75, "reasoning": 0.25}, 1024, 2, 1e6, 1e-3, 120),
 }
 
 
@@ -102,7 +102,7 @@ def get_config(argument: str = "general") -> ConfigDict:
     if is_small:
         parts |= small_data(stage.sources, length=stage.length, batch_size=stage.rows)
         parts["step"] = SMALL_STEP
-        parts["loop"] = LoopOptions(stage.num_steps, checkpoint_every=100, eval_every=100)
+        parts["loop"] = LoopOptions(stage.num_steps, checkpoint_every=100, eval_every=40)
     else:
         sources = [SourceOptions(f"data/{part}", share) for part, share in stage.sources.items()]
         parts["data"] = DataOptions(tuple(sources), length=stage.length, batch_size=stage.rows)

@@ -33,7 +33,7 @@ def get_config(argument: str = "chats.jsonl") -> ConfigDict:
             model=small_model("long"),
             optimiser=OptimiserOptions(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0),
             step=SMALL_STEP,
-            loop=LoopOptions(num_steps=300, checkpoint_every=100, eval_every=100),
+            loop=LoopOptions(num_steps=200, checkpoint_every=100, eval_every=50),
             report=ReportOptions(every=10),
             **small_data({"chats": None}, length=512, batch_size=4),
         )

@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
             upcycle=UpcycleOptions(8, 2, intermediate_size=176),
             optimiser=OptimiserOptions(learning_rate=2e-3, warmup_steps=10),
             step=SMALL_STEP,
-            loop=LoopOptions(num_steps=200, checkpoint_every=100, eval_every=100),
+            loop=LoopOptions(num_steps=150, checkpoint_every=50, eval_every=50),
             report=ReportOptions(every=10),
             **small_data({"reasoning": None}, length=256, batch_size=8),
         )
