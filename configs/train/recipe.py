@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from qwen_jax.errors import UserError
 from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
+from qwen_jax.training.run_options import ConfigChanges
 from qwen_jax.training.step_options import TrainOptions
 
 SMALL = "small"
@@ -23,7 +24,7 @@ def recipe(**fields: Any) -> ConfigDict:
         "mesh": None,
         "seed": 0,
         "lora": None,
-        "changes": None,
+        "changes": ConfigChanges(),
         "eval_data": None,
         **fields,
     }

@@ -147,10 +147,12 @@ def to_devices(arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> Ba
         return Batch(**arrays)
     layout = Layout(mesh, frozenset({"length"}))
     rows, shards = len(arrays["input_ids"]) * jax.process_count(), num_shards(mesh, "batch")
+    # Of a pair, both rows are on one device.
+    together = arrays["input_ids"].ndim - 1
     if rows % shards:
         raise UserError(
-            f"data.batch_size = {rows} does not divide by the mesh's {shards} parts of a batch; "
-            f"give a multiple of {shards}"
+            f"data.batch_size = {rows * together} does not divide by the mesh's {shards} parts of "
+            f"a batch; give a multiple of {shards * together}"
         )
 
     def spread(array: np.ndarray) -> jax.Array:

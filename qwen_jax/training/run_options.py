@@ -124,5 +124,8 @@ class RunOptions:
             ("lora", "changes"): "adapters belong to a checkpoint, and that one keeps its config",
         }
         for (one, other), reason in reasons.items():
-            if getattr(self, one) not in (None, False) and getattr(self, other):
+            if self._asks_for(one) and self._asks_for(other):
                 raise UserError(f"{one} with {other}: {reason}; leave one out")
+
+    def _asks_for(self, name: str) -> bool:
+        return getattr(self, name) not in (None, False, ConfigChanges())
