@@ -24,8 +24,8 @@ Small, on two cores, behind `python -m tools.build_samples --workdir=runs/small`
         --workdir=runs/small/reasoning
     python -m tools.train --config=configs/train/pretrain.py:long,small --workdir=runs/small/long
 
-About two minutes each. `eval_loss` falls from ln 768 = 6.6 to about 2 in the first stage; each
-later one begins above where it ends, on texts that the one before did not read.
+About two minutes each. `eval_loss` falls from ln 768 = 6.6 to 1.50 in the first stage, to 1.36 on
+texts with steps in the second, and to about 1.6 on texts four times as long in the third.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ STAGES = {
 SMALL_STAGES = {
     "general": Stage(None, {"general": 1.0}, 256, 8, 1e4, 4e-3, 200),
     "reasoning": Stage("general", {"reasoning": 0.7, "general": 0.3}, 256, 8, 1e4, 2e-3, 200),
-    "long": Stage("reasoning", {"long": 0.75, "reasoning": 0.25}, 1024, 2, 1e6, 1e-3, 120),
+    "long": Stage("reasoning", {"long": 0.75, "reasoning": 0.25}, 1024, 2, 1e6, 1e-3, 80),
 }
 
 

@@ -72,12 +72,13 @@ def write_samples(directory: Path, count: int, held_out: int, seed: int) -> None
     Args:
       directory: that gets them.
       count: records of each; of conversations, problems.
-      held_out: the same of those that nothing is trained on.
+      held_out: the same of those that nothing is trained on, a quarter as many where texts are long.
       seed: of all of them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name, make in SAMPLES.items():
-        for ending, number, is_held_out in (("", count, False), ("_held_out", held_out, True)):
+        few = -(-held_out // 4) if make is long else held_out
+        for ending, number, is_held_out in (("", count, False), ("_held_out", few, True)):
             path = directory / f"{name}{ending}.jsonl"
             temporary = path.with_suffix(".tmp")
             with temporary.open("w", encoding="utf-8") as file:
