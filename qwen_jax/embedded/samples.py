@@ -72,7 +72,7 @@ def write_samples(directory: Path, count: int, held_out: int, seed: int) -> None
     Args:
       directory: that gets them.
       count: records of each; of conversations, problems.
-      held_out: the same of those that nothing is trained on, a quarter as many where texts are long.
+      held_out: the same of those that nothing is trained on; of long texts a quarter as many.
       seed: of all of them.
     """
     directory.mkdir(parents=True, exist_ok=True)
