@@ -12,7 +12,8 @@ nothing):
 
     python -m tools.train --config=configs/train/distil.py:small --workdir=runs/small/distil
 
-About two minutes; `eval_kl` falls from about 6 to below 1.
+About two minutes; `eval_kl` falls step by step towards 0, and `eval_cross_entropy` towards the
+teacher's own `eval_loss`.
 """
 
 from ml_collections import ConfigDict

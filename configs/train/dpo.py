@@ -16,7 +16,8 @@ Small, on two cores, behind `sft.py:small` (right answers against wrong ones):
     python -m tools.train --config=configs/train/dpo.py:small --workdir=runs/small/dpo
     python -m tools.train --config=configs/train/dpo.py:small,lora --workdir=runs/small/dpo-lora
 
-About two minutes each; `eval_accuracy` on held-out problems rises above 0.8.
+About two minutes each; `eval_accuracy` and `eval_margin`, on held-out problems, rise from 0, and
+`eval_loss` falls below 0.69.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ Small, on two cores, behind the last stage of `pretrain.py`:
 
     python -m tools.train --config=configs/train/lora.py:small --workdir=runs/small/lora
 
-About two minutes; `eval_loss` falls as in `sft.py:small`, to somewhat more.
+About two minutes; `eval_loss` falls as in `sft.py:small`, and ends somewhat above.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ Small, on two cores, behind the second stage of `pretrain.py`:
 
     python -m tools.train --config=configs/train/upcycle.py:small --workdir=runs/small/upcycle
 
-Under three minutes; `loss` falls from about 4 to near what the dense model had.
+Under three minutes; `eval_loss` falls towards the 1.36 of the dense model that it began with.
 """
 
 from ml_collections import ConfigDict
