@@ -7,16 +7,16 @@
 {"role": "assistant", "content": "..."}, "rejected": {...}}. The model is held near where it began:
 a copy of it lies beside the training, in the step's dtype; with adapters it is what is below them
 and costs nothing. Made for one device of 24 GB or more, or 8 GB with adapters; spread over several
-with --config.mesh=fsdp:4. `loss` begins at ln 2 = 0.693 and `accuracy` at 0 (no margin yet);
-`accuracy` passes 0.6 and `margin` rises within some hundred steps. Where `chosen_reward` falls far
-below 0, --config.preference.sft=0.1 holds the chosen answers up.
+with --config.mesh=fsdp:4. `loss` begins at ln 2 = 0.693, where there is no margin yet; `accuracy`
+should pass 0.6 and `margin` rise within some hundred steps. Where `chosen_reward` falls far below
+0, --config.preference.sft=0.1 holds the chosen answers up.
 
 Small, on two cores, behind `sft.py:small` (right answers against wrong ones):
 
     python -m tools.train --config=configs/train/dpo.py:small --workdir=runs/small/dpo
     python -m tools.train --config=configs/train/dpo.py:small,lora --workdir=runs/small/dpo-lora
 
-About two minutes each; `eval_accuracy` and `eval_margin`, on held-out problems, rise from 0, and
+About two minutes each; `eval_accuracy` and `eval_margin`, on held-out problems, rise, and
 `eval_loss` falls below 0.69.
 """
 
@@ -42,7 +42,7 @@ def get_config(argument: str = "pairs.jsonl") -> ConfigDict:
         config = recipe(
             model=small_model("sft"),
             preference=PreferenceOptions(beta=0.1),
-            optimiser=OptimiserOptions(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
+            optimiser=OptimiserOptions(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0),
             step=SMALL_STEP,
             loop=LoopOptions(num_steps=80, checkpoint_every=40, eval_every=20),
             report=ReportOptions(every=5),
