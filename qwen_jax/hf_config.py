@@ -155,6 +155,13 @@ _FAMILIES = {
     ),
 }  # fmt: skip
 
+# The families that are others with experts in place of the feed-forward block.
+_WITH_EXPERTS = {
+    "qwen2": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+    "qwen3_5_text": "qwen3_5_moe_text",
+}
+
 # The vision-language models whose text tower is one of the families.
 _TEXT_TOWERS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
@@ -550,6 +557,33 @@ def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any]) -> Mode
     kept = {name: getattr(config.rope, name) for name in ("mrope_section", "in_float32")}
     rope = dataclasses.replace(rope, **kept)
     return dataclasses.replace(config, rope=rope)
+
+
+def with_experts(config: ModelConfig, moe: MoeSpec) -> ModelConfig:
+    """`config` of the family that has experts, which `moe` describes; the rest stays.
+
+    Raises:
+      UserError: the model has experts already, or no family has such ones.
+    """
+    if config.moe is not None:
+        raise UserError(f"a model of {config.moe.num_experts} experts has experts already")
+    if config.family not in _WITH_EXPERTS:
+        raise UserError(
+            f"model_type = {config.family} has no kin with experts; there is one of "
+            f"{', '.join(_WITH_EXPERTS)}"
+        )
+    family = _FAMILIES[_WITH_EXPERTS[config.family]]
+    if family.shared_expert and moe.shared_intermediate_size is None:
+        raise UserError(
+            f"shared_intermediate_size is missing: {_WITH_EXPERTS[config.family]} always has an "
+            "expert that every token goes to"
+        )
+    changed = dataclasses.replace(config, family=_WITH_EXPERTS[config.family], moe=moe)
+    if len(moe.layers) == config.num_hidden_layers:
+        # No layer reads the dense width, and readers of the file may not find it there.
+        changed = dataclasses.replace(changed, intermediate_size=moe.intermediate_size)
+    write_hf_config(changed)
+    return changed
 
 
 def write_hf_config(config: ModelConfig) -> dict[str, Any]:

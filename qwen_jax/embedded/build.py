@@ -14,9 +14,9 @@ from qwen_jax.embedded.tokenizer import write_tokenizer
 from qwen_jax.pretrained import load_tokenizer
 from qwen_jax.training.data import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.loop import LoopOptions
-from qwen_jax.training.objective import TrainOptions
 from qwen_jax.training.optimisers import OptimiserOptions
 from qwen_jax.training.run import MODEL, RunOptions, run
+from qwen_jax.training.step_options import TrainOptions
 
 _TRAINED, _HELD_OUT = "train.jsonl", "held_out.jsonl"
 _MOST_HELD_OUT = 500
@@ -53,8 +53,8 @@ def write_data(directory: Path, problems: int, held_out: int, seed: int) -> None
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def write_base(directory: Path, seed: int) -> None:
-    """Writes the tokenizer and config.json."""
+def write_base(directory: Path, seed: int, **sizes: Any) -> None:
+    """Writes the tokenizer and config.json, with other sizes where they are given."""
     records = itertools.islice(chats(seed, 4000, False), 8000)
     write_tokenizer(directory, (_words(record) for record in records), _SIZES["vocab_size"])
     tokenizer = load_tokenizer(directory)
@@ -63,7 +63,7 @@ def write_base(directory: Path, seed: int) -> None:
         "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
     }
     write_json(directory / "generation_config.json", {"do_sample": False, **ids})
-    write_json(directory / "config.json", {**_SIZES, **ids})
+    write_json(directory / "config.json", {**_SIZES, **ids, **sizes})
 
 
 def _words(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A run's state on disk: written beside the training, whole or not at all, and read back.
 
 A checkpoint is `WORKDIR/checkpoints/STEP`: the train state, and each process's place in its data.
+What the state has `beside` it is not in there: it never changes, and comes from where it came from.
 Orbax writes it under another name and renames it when it is complete, so that what a kill leaves
 behind is not taken for one.
 """
@@ -98,7 +99,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        _STATE: ocp.args.StandardSave(state),
+                        _STATE: ocp.args.StandardSave(state.replace(beside=None)),
                         _DATA: grain.checkpoint.CheckpointSave(data),
                     }
                 ),
@@ -128,7 +129,7 @@ class Checkpoints:
                     step,
                     args=ocp.args.Composite(
                         **{
-                            _STATE: ocp.args.StandardRestore(like),
+                            _STATE: ocp.args.StandardRestore(like.replace(beside=None)),
                             _DATA: grain.checkpoint.CheckpointRestore(data),
                         }
                     ),
@@ -143,7 +144,7 @@ class Checkpoints:
                     f"{_DAMAGED}/, and the run goes on from step {step}",
                     stacklevel=2,
                 )
-            return restored[_STATE], step
+            return restored[_STATE].replace(beside=like.beside), step
         newest, reason = next(iter(failures.items()))
         raise UserError(
             f"{self.directory / str(newest)}: cannot be read ({reason}), nor can any other there; "

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.axes import Layout, num_shards
+from qwen_jax.training.batch import Batch
 from qwen_jax.training.checkpoints import Checkpoints
-from qwen_jax.training.objective import Batch
 from qwen_jax.training.report import Reporter, Sink
 from qwen_jax.training.train_step import TrainState
 
@@ -147,18 +147,21 @@ def to_devices(arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> Ba
         return Batch(**arrays)
     layout = Layout(mesh, frozenset({"length"}))
     rows, shards = len(arrays["input_ids"]) * jax.process_count(), num_shards(mesh, "batch")
+    # Of a pair, both rows are on one device.
+    together = arrays["input_ids"].ndim - 1
     if rows % shards:
         raise UserError(
-            f"data.batch_size = {rows} does not divide by the mesh's {shards} parts of a batch; "
-            f"give a multiple of {shards}"
+            f"data.batch_size = {rows * together} does not divide by the mesh's {shards} parts of "
+            f"a batch; give a multiple of {shards * together}"
         )
-    sharding = layout.sharding("batch", "length")
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in arrays.items()
-        }
-    )
+
+    def spread(array: np.ndarray) -> jax.Array:
+        # Pairs have an axis of two between.
+        between = (None,) * (array.ndim - 2)
+        sharding = layout.sharding("batch", *between, "length")
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return Batch(**{name: spread(array) for name, array in arrays.items()})
 
 
 @contextlib.contextmanager

@@ -287,7 +287,7 @@ def draw_curve(workdir: Path) -> None:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, label=label, linewidth=1)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy (nats a token)")
+    axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(workdir / CURVE, dpi=150)

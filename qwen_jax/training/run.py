@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.peft_writer import save_adapter
@@ -21,75 +22,25 @@ from qwen_jax.pretrained import load_pretrained, load_tokenizer
 from qwen_jax.sharding.axes import as_mesh, check_mesh
 from qwen_jax.sharding.flops import analytic_flops
 from qwen_jax.training.checkpoints import Checkpoints
-from qwen_jax.training.data import DataOptions
 from qwen_jax.training.data.pipeline import make_loader
-from qwen_jax.training.loop import LoopOptions, to_devices, train
-from qwen_jax.training.lora import LoraOptions, add_adapters, is_adapter
-from qwen_jax.training.objective import TrainOptions
-from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_schedule
+from qwen_jax.training.goal import Goal, choose_goal
+from qwen_jax.training.loop import to_devices, train
+from qwen_jax.training.lora import add_adapters, is_adapter
+from qwen_jax.training.optimisers import make_optimiser, make_schedule
 from qwen_jax.training.partition import combine, partition
-from qwen_jax.training.report import ReportOptions, draw_curve, known_peak, open_sinks
+from qwen_jax.training.report import draw_curve, known_peak, open_sinks
+from qwen_jax.training.run_options import RunOptions
 from qwen_jax.training.train_step import (
     TrainState,
     init_train_state,
     make_evaluation,
     make_train_step,
 )
+from qwen_jax.training.upcycle import upcycle
 
 SETTINGS, MODEL, ADAPTER = "run.json", "model", "adapter"
 # What may change where a run goes on: how long it is, where it runs, what is told of it.
 _FREE = ("loop", "report", "mesh")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """A run.
-
-    Attributes:
-      model: a checkpoint directory or hub id to begin with; with `from_scratch` one whose
-        config.json is taken alone, or None where a config is given.
-      data: what is learned.
-      loop: how long.
-      optimiser: how gradients become updates.
-      step: how a step computes.
-      report: what is told.
-      eval_data: of which the loss is taken, as `loop.eval_every` says; all of it, so that `epochs`
-        must be 1.
-      lora: adapters to train in place of the parameters; None to train those.
-      from_scratch: whether the parameters are drawn from `seed`.
-      tokenizer: a directory or hub id; None for the model's.
-      packed: whether a quantised checkpoint stays packed, below adapters.
-      mesh: such as "fsdp:4,tensor:2"; None for one device.
-      seed: of the parameters, or of the adapters.
-    """
-
-    data: DataOptions
-    loop: LoopOptions
-    model: str | None = None
-    optimiser: OptimiserOptions = dataclasses.field(default_factory=OptimiserOptions)
-    step: TrainOptions = dataclasses.field(default_factory=TrainOptions)
-    report: ReportOptions = dataclasses.field(default_factory=ReportOptions)
-    eval_data: DataOptions | None = None
-    lora: LoraOptions | None = None
-    from_scratch: bool = False
-    tokenizer: str | None = None
-    packed: bool = False
-    mesh: str | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.model is None and not self.from_scratch:
-            raise UserError("model is missing; name a checkpoint, or set from_scratch")
-        if self.model is None and self.tokenizer is None:
-            raise UserError("tokenizer is missing; name a checkpoint that has one")
-        if self.lora is not None and self.from_scratch:
-            raise UserError("lora with from_scratch: adapters are beside weights that are learned")
-        if self.packed and self.lora is None:
-            raise UserError("packed: packed weights have no gradients; give lora, or leave it out")
-        if self.loop.eval_every and self.eval_data is None:
-            raise UserError(f"loop.eval_every = {self.loop.eval_every} needs eval_data")
-        if self.eval_data is not None and self.eval_data.epochs != 1:
-            raise UserError(f"eval_data.epochs = {self.eval_data.epochs} must be 1")
 
 
 def run(
@@ -121,21 +72,25 @@ def run(
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     model, params = _begin(options, config)
     process, processes = jax.process_index(), jax.process_count()
-    data = make_loader(options.data, tokenizer, process, processes)
+    goal = choose_goal(options, model, params, tokenizer)
+    data = make_loader(options.data, tokenizer, process, processes, goal.pairs)
     trained = None if options.lora is None else is_adapter
     state, optimiser = _state(options, model, params, trained)
-    step = make_train_step(model, optimiser, options.step, state)
-    flops = _flops(options, model.config)
+    state = state.replace(beside=goal.beside)
+    del params
+    step = make_train_step(model, optimiser, options.step, state, goal.objective)
+    flops = _flops(options, model.config, goal)
     tell(_summary(model, state, options, flops))
     evaluate = None
     if options.eval_data is not None:
-        loss = make_evaluation(model, options.step)
+        loss = make_evaluation(model, options.step, goal.objective)
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            batches = make_loader(options.eval_data, tokenizer, process, processes)
+            batches = make_loader(options.eval_data, tokenizer, process, processes, goal.pairs)
             return loss(
                 combine(state.params, state.frozen),
                 (to_devices(batch, model.mesh) for batch in batches),
+                state.beside,
             )
 
     with Checkpoints(workdir, options.loop.keep, "eval_loss" if evaluate else None) as checkpoints:
@@ -208,13 +163,27 @@ def _begin(options: RunOptions, config: ModelConfig | None) -> tuple[Decoder, An
     if not options.from_scratch:
         weights = "packed" if options.packed else "dense"
         dtype = options.step.dtype if options.lora else "float32"
-        return load_pretrained(options.model, dtype, options.mesh, weights=weights)
+        model, params = load_pretrained(options.model, dtype, options.mesh, weights=weights)
+        if options.upcycle is not None:
+            key = jax.random.key(options.seed)
+            config, params = upcycle(model.config, params, options.upcycle, key, model.mesh)
+            model = _decoder(config, model.mesh)
+        return _changed(options, model), params
     if config is None:
         config = load_config(resolve_source(options.model, weights=False))
-    mesh = as_mesh(options.mesh)
+    return _changed(options, _decoder(config, as_mesh(options.mesh))), None
+
+
+def _decoder(config: ModelConfig, mesh: Mesh | None) -> Decoder:
     if mesh is not None:
         check_mesh(config, mesh, parameter_shapes(config))
-    return Decoder(config, mesh=mesh), None
+    return Decoder(config, mesh=mesh)
+
+
+def _changed(options: RunOptions, model: Decoder) -> Decoder:
+    if options.changes is None:
+        return model
+    return model.clone(config=options.changes.of(model.config))
 
 
 def _state(
@@ -232,11 +201,15 @@ def _state(
     return init_train_state(model, optimiser, params=params, trained=trained), optimiser
 
 
-def _flops(options: RunOptions, config: ModelConfig) -> float:
+def _flops(options: RunOptions, config: ModelConfig, goal: Goal) -> float:
     """Operations of a step that the mathematics asks for, on all devices together."""
-    data = options.data
-    parts = analytic_flops(config, "train", data.batch_size, data.length)
-    return float(sum(parts.values()))
+
+    def train(config: ModelConfig) -> float:
+        data = options.data
+        return sum(analytic_flops(config, "train", data.batch_size, data.length).values())
+
+    # Of a step, a third is its forward pass.
+    return float(train(config) + sum(train(other) / 3 for other in goal.forward))
 
 
 def _peak(options: RunOptions, model: Decoder) -> float | None:
@@ -251,6 +224,7 @@ def _summary(model: Decoder, state: TrainState, options: RunOptions, flops: floa
     sizes = {
         "parameters trained": state.params,
         "parameters frozen": state.frozen,
+        "parameters beside": state.beside,
         "optimiser": state.opt_state,
     }
     lines = []

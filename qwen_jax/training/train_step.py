@@ -22,16 +22,9 @@ from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.sharding.axes import parameter_shardings
 from qwen_jax.training.layers import Params
-from qwen_jax.training.objective import (
-    Batch,
-    Metrics,
-    Sums,
-    TrainOptions,
-    metrics_of,
-    objective,
-    sums_ahead,
-)
+from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective
 from qwen_jax.training.partition import Trained, combine, partition
+from qwen_jax.training.step_options import TrainOptions
 
 _DEFAULTS = TrainOptions()
 
@@ -46,12 +39,15 @@ class TrainState:
       opt_state: of the optax optimiser.
       frozen: the parameters that are not trained, in any dtype or packed, None in the places of
         the others; None if all are trained. Steps hand on the same arrays.
+      beside: what an objective reads besides, such as the parameters of another model, in any tree
+        and dtype; None for nothing. Steps hand on the same arrays.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     frozen: Any = None
+    beside: Any = None
 
 
 def init_train_state(
@@ -179,20 +175,25 @@ def train_shardings(model: Decoder, optimiser: optax.GradientTransformation) -> 
 class TrainStep:
     """A compiled function that makes one update; see `make_train_step`.
 
-    It takes over the memory of the state that it is given, but for the frozen parameters, which are
-    read only: whoever else holds them keeps them, and nothing copies them.
+    It takes over the memory of the state that it is given, but for what is frozen or beside, which
+    is read only: whoever else holds it keeps it, and nothing copies it.
     """
 
     compiled: Callable[..., tuple[TrainState, Metrics]]
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """The state after an update, and the metrics of the batch before it."""
-        after, metrics = self.compiled(state.replace(frozen=None), state.frozen, batch)
-        return after.replace(frozen=state.frozen), metrics
+        after, metrics = self.compiled(*_taken_apart(state), batch)
+        return after.replace(frozen=state.frozen, beside=state.beside), metrics
 
-    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
         """As `jax.jit`'s, for arrays or their shapes."""
-        return self.compiled.trace(state.replace(frozen=None), state.frozen, batch)
+        return self.compiled.trace(*_taken_apart(state), batch)
+
+
+def _taken_apart(state: TrainState) -> tuple[TrainState, Any, Any]:
+    """What a step changes, and what it reads only."""
+    return state.replace(frozen=None, beside=None), state.frozen, state.beside
 
 
 def make_train_step(
@@ -200,13 +201,14 @@ def make_train_step(
     optimiser: optax.GradientTransformation,
     options: TrainOptions = _DEFAULTS,
     state: TrainState | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> TrainStep:
     """The train step of a model.
 
     Where the loss or a gradient is not finite no update is made: parameters and optimiser stay as
     they are, and `step` counts on.
 
-    The metrics are those of `metrics_of`; "grad_norm", of the gradients before the optimiser clips
+    The metrics are those of the objective; "grad_norm", of the gradients before the optimiser clips
     them; and "finite", whether the update was made.
 
     Args:
@@ -215,6 +217,7 @@ def make_train_step(
       options: how a step computes.
       state: or its shapes, where some parameters are frozen and the model has a mesh: the step
         lays out what it returns as that is.
+      objective: what is made small.
 
     Raises:
       UserError: the model's head does not predict tokens. When the step is called: rows that do not
@@ -228,12 +231,21 @@ def make_train_step(
     shardings = None
     if model.mesh is not None:
         state = abstract_train_state(model, optimiser) if state is None else state
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state.replace(beside=None))
 
-    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, beside: Any, batch: Any) -> tuple[TrainState, Metrics]:
         places = None if shardings is None else shardings.params
-        gradients, sums = _gradients(model, state.params, frozen, batch, options, places)
-        metrics = metrics_of(sums, options)
+
+        def loss(params: Params, batch: Any, whole: Any) -> tuple[jax.Array, Any]:
+            params = combine(params, frozen)
+            return objective.loss(model, params, batch, options, whole, beside)
+
+        def ahead(parts: Any) -> Any:
+            params = combine(state.params, frozen)
+            return objective.ahead(model, params, parts, options, beside)
+
+        gradients, sums = _gradients(loss, ahead, state.params, batch, options.microbatches, places)
+        metrics = objective.metrics(sums, options)
         with jax.named_scope("update"):
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -254,26 +266,29 @@ def make_train_step(
     compiled = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(moving, shardings.frozen, None),
+        in_shardings=(moving, shardings.frozen, None, None),
         out_shardings=(moving, everywhere),
     )
     return TrainStep(compiled)
 
 
 def make_evaluation(
-    model: Decoder, options: TrainOptions = _DEFAULTS
-) -> Callable[[Params, Iterable[Batch]], dict[str, float]]:
-    """A function of parameters and batches: the metrics of `metrics_of` over all of them.
+    model: Decoder, options: TrainOptions = _DEFAULTS, objective: Objective = NEXT_TOKEN
+) -> Callable[..., dict[str, float]]:
+    """A function of (params, batches, beside=None): the objective's metrics over all batches.
 
     Their names begin with "eval_"; experts' counts are left out.
     """
-    run = jax.jit(lambda params, batch: objective(model, params, batch, options)[1])
+    run = jax.jit(
+        lambda params, beside, batch: objective.loss(model, params, batch, options, None, beside)[1]
+    )
 
-    def evaluate(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(params: Params, batches: Iterable[Any], beside: Any = None) -> dict[str, float]:
         sums = functools.reduce(
-            lambda a, b: jax.tree.map(jnp.add, a, b), (run(params, batch) for batch in batches)
+            lambda a, b: jax.tree.map(jnp.add, a, b),
+            (run(params, beside, batch) for batch in batches),
         )
-        metrics = metrics_of(sums, options)
+        metrics = objective.metrics(sums, options)
         metrics.pop("expert_counts", None)
         return {f"eval_{name}": float(value) for name, value in metrics.items()}
 
@@ -281,34 +296,31 @@ def make_evaluation(
 
 
 def _gradients(
-    model: Decoder,
+    loss: Callable[[Params, Any, Any], tuple[jax.Array, Any]],
+    ahead: Callable[[Any], Any],
     params: Params,
-    frozen: Params | None,
-    batch: Batch,
-    options: TrainOptions,
+    batch: Any,
+    count: int,
     places: Any,
-) -> tuple[Params, Sums]:
-    """Of the objective by `params`, laid out as `places` say; and the batch's sums."""
+) -> tuple[Params, Any]:
+    """Of the loss by `params`, in `count` parts, laid out as `places` say; and the batch's sums."""
 
-    def part(batch: Batch, whole: Sums | None) -> tuple[Params, Sums]:
-        def loss(params: Params) -> tuple[jax.Array, Sums]:
-            return objective(model, combine(params, frozen), batch, options, whole)
-
-        gradients, sums = jax.grad(loss, has_aux=True)(params)
+    def part(batch: Any, whole: Any) -> tuple[Params, Any]:
+        gradients, sums = jax.grad(loss, has_aux=True)(params, batch, whole)
         if places is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, places)
         return gradients, sums
 
-    count, rows = options.microbatches, len(batch.input_ids)
     if count == 1:
         return part(batch, None)
+    rows = len(jax.tree.leaves(batch)[0])
     if rows % count:
         raise UserError(f"microbatches = {count} do not divide the batch's {rows} rows")
     # Every `count`-th row to a part, so that a device's rows stay its own.
     parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
-    whole = sums_ahead(model, combine(params, frozen), parts, options)
+    whole = ahead(parts)
 
-    def body(total: Any, batch: Batch) -> tuple[Any, None]:
+    def body(total: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, part(batch, whole)), None
 
     shapes = jax.eval_shape(part, jax.tree.map(lambda a: a[0], parts), whole)

@@ -17,14 +17,12 @@ from qwen_jax.nn.low_rank import attach, detach, low_rank_weights
 from qwen_jax.nn.quantized import dequantize, quantize
 from qwen_jax.sharding.axes import as_mesh
 from qwen_jax.training.lora import LoraOptions, add_adapters, is_adapter
+from qwen_jax.training.objective import Batch, TrainOptions, objective
 from qwen_jax.training.partition import combine, partition
 from qwen_jax.training.train_step import (
-    Batch,
-    TrainOptions,
     abstract_train_state,
     init_train_state,
     make_train_step,
-    objective,
 )
 from tests.models.passes import random_ids
 from tests.reference import random_reference, save_reference

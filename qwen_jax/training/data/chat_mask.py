@@ -40,6 +40,7 @@ def learned_tokens(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
     options: TokenOptions,
+    given: int = 0,
 ) -> np.ndarray:
     """Which of a rendered conversation's tokens are learned: bool [T].
 
@@ -53,6 +54,8 @@ def learned_tokens(
       messages: of the conversation.
       tokenizer: that made the ids.
       options: what is learned.
+      given: how many messages at the start are a prompt, of which nothing is learned; the one
+        behind them begins a turn of its own.
 
     Raises:
       UserError: the template does not write turns as Qwen's do, or not those of the messages;
@@ -60,7 +63,8 @@ def learned_tokens(
     """
     turns = find_turns(ids, tokenizer)
     roles = _roles_of_turns(turns, messages)
-    chosen = [i for i, role in enumerate(roles) if role in options.learn]
+    first = len(turns) - len(_turns(messages[given:])) if given else 0
+    chosen = [i for i, role in enumerate(roles) if role in options.learn and i >= first]
     if not chosen:
         raise UserError(
             f"messages: there is no turn of {' or '.join(options.learn)}, so nothing is learned; "
@@ -107,9 +111,7 @@ def find_turns(ids: Sequence[int], tokenizer: Tokenizer) -> list[Turn]:
 
 def _roles_of_turns(turns: Sequence[Turn], messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whose words each turn holds; answers of tools that follow each other share a turn."""
-    roles: list[str] = []
-    for role, run in itertools.groupby(message["role"] for message in messages):
-        roles += [role] if role == "tool" else run
+    roles = _turns(messages)
     written = [turn.role for turn in turns]
     # Templates put a system prompt of their own where there is none.
     if roles[0] != "system" and written[:1] == ["system"]:
@@ -123,6 +125,14 @@ def _roles_of_turns(turns: Sequence[Turn], messages: Sequence[Mapping[str, Any]]
             f"of {', '.join(message['role'] for message in messages)}; the loss cannot be told by "
             "roles"
         )
+    return roles
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The roles of the turns that a template makes of messages."""
+    roles: list[str] = []
+    for role, run in itertools.groupby(message["role"] for message in messages):
+        roles += [role] if role == "tool" else run
     return roles
 
 

@@ -56,7 +56,12 @@ class ParquetRows:
     """
 
     def __init__(
-        self, path: Path, needed: Collection[str], optional: Collection[str], groups: RowGroups
+        self,
+        path: Path,
+        needed: Collection[str],
+        optional: Collection[str],
+        groups: RowGroups,
+        hint: str = "name the one to read as text_field or messages_field",
     ):
         self.path = path
         self._groups = groups
@@ -69,7 +74,7 @@ class ParquetRows:
         if not set(needed) & set(names):
             raise UserError(
                 f"{path}: has none of the columns {', '.join(needed)}, it has {', '.join(names)}; "
-                "name the one to read as text_field or messages_field"
+                f"{hint}"
             )
         self._columns = [name for name in names if name in {*needed, *optional}]
         meta = self._file.metadata

@@ -99,7 +99,7 @@ class DataOptions:
     Attributes:
       sources: what is read.
       length: tokens of a row.
-      batch_size: rows of a batch, over all processes.
+      batch_size: rows of a batch, over all processes; a pair of answers is two.
       pack: whether rows hold several records; else each has one, and padding behind it.
       packing_rows: rows that are filled together where records are not cut; more of them leave less
         padding, and more is read again when a run goes on.

@@ -70,7 +70,7 @@ def pack(
 def pad(examples: grain.IterDataset, length: int) -> grain.IterDataset:
     """Rows of one example each, or of a piece of one that is longer, as `finish` makes them."""
     pieces = grain.experimental.FlatMapIterDataset(examples, _Cut(length))
-    return pieces.map(functools.partial(_padded, length=length)).map(finish)
+    return pieces.map(functools.partial(padded, length=length)).map(finish)
 
 
 def finish(row: Arrays) -> Arrays:
@@ -107,7 +107,8 @@ class _Cut(grain.experimental.FlatMapTransform):
         return [{k: v[i : i + self.length] for k, v in element.items()} for i in starts]
 
 
-def _padded(element: Arrays, length: int) -> Arrays:
+def padded(element: Arrays, length: int) -> Arrays:
+    """A row for `finish` of one example of at most `length` tokens."""
     n = len(element["ids"])
     row = {name: np.pad(values, (0, length - n)) for name, values in element.items()}
     places = np.arange(length, dtype=np.int32)

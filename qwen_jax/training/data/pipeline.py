@@ -17,6 +17,7 @@ from qwen_jax.text import Tokenizer
 from qwen_jax.training.data.indexed import IndexedRecords, is_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions, TooLong
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, fit, pack, pad
+from qwen_jax.training.data.pairs import PairSource
 from qwen_jax.training.data.records import Records, open_records
 from qwen_jax.training.data.tokenise import Example, Kind, end_of_text_id, kind_of, tokenise
 
@@ -96,7 +97,11 @@ class Batches(grain.DatasetIterator):
 
 
 def make_loader(
-    options: DataOptions, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+    pairs: bool = False,
 ) -> Batches:
     """The batches of one process, without end where `options.epochs` is None.
 
@@ -108,6 +113,8 @@ def make_loader(
       tokenizer: of the checkpoint.
       process_index: of this process.
       process_count: of all; a batch has `batch_size / process_count` rows here.
+      pairs: whether records are pairs of answers. Two rows are then a pair, and batches have an
+        axis more: [pairs, 2, length], the chosen answer first.
 
     Raises:
       UserError: sources that cannot be read, or shared out among so many processes. While it runs,
@@ -117,7 +124,12 @@ def make_loader(
         raise UserError(
             f"batch_size = {options.batch_size} is not a multiple of the {process_count} processes"
         )
-    sources = [_open(source, tokenizer, options) for source in options.sources]
+    here = options.batch_size // process_count
+    if pairs:
+        _check_pairs(options, here)
+        here //= 2
+    opened = PairSource if pairs else _open
+    sources = [opened(source, tokenizer, options) for source in options.sources]
     if options.sources[0].weight is None:
         streams = [_rows(sources, options, options.seed, process_index, process_count)]
     else:
@@ -129,7 +141,6 @@ def make_loader(
     if len(streams) > 1:
         weights = [source.weight for source in options.sources]
         rows = grain.IterDataset.mix(streams, weights)
-    here = options.batch_size // process_count
     # Rows of zeros are padding all through.
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=here)
     batches = rows.batch(here, drop_remainder=False, batch_fn=fill)
@@ -138,6 +149,16 @@ def make_loader(
         ahead = 2 + options.packing_rows // here
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
     return Batches(batches)
+
+
+def _check_pairs(options: DataOptions, rows: int) -> None:
+    if options.pack:
+        raise UserError("pack = True: pairs of answers have a row for each answer; set it to False")
+    if rows % 2:
+        raise UserError(
+            f"batch_size = {options.batch_size} leaves a process {rows} rows, and a pair takes "
+            "two; give an even number"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +200,11 @@ def _open(source: SourceOptions, tokenizer: Tokenizer, options: DataOptions) -> 
 
 
 def _rows(
-    sources: list[_Source], options: DataOptions, seed: int, process: int, processes: int
+    sources: list[_Source] | list[PairSource],
+    options: DataOptions,
+    seed: int,
+    process: int,
+    processes: int,
 ) -> grain.IterDataset:
     """This process's rows of some sources together."""
     records = grain.MapDataset.concatenate([grain.MapDataset.source(s) for s in sources])
@@ -193,6 +218,8 @@ def _rows(
     examples = records.repeat(options.epochs)[process::processes].to_iter_dataset(
         grain.ReadOptions(options.threads, options.read_ahead if options.threads else 0)
     )
+    if isinstance(sources[0], PairSource):
+        return examples
     if not options.pack:
         return pad(examples, options.length)
     cut = all(source.too_long == "cut" for source in sources)

@@ -17,6 +17,9 @@ from qwen_jax.training.data.options import SourceOptions
 # What a chat's template gets beside messages and tools, by the names that others use too.
 TEMPLATE_FIELDS = ("enable_thinking", "chat_template_kwargs")
 
+# Of a pair of answers.
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+
 _ENDINGS = (".jsonl", ".txt", ".parquet")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
@@ -75,8 +78,12 @@ class Records:
         return Record(file.name(place), fields)
 
 
-def open_records(options: SourceOptions) -> Records:
+def open_records(options: SourceOptions, pairs: bool = False) -> Records:
     """The records of a source; data sets of the hub are downloaded to its cache first.
+
+    Args:
+      options: of the source.
+      pairs: whether they are pairs of answers, else texts or conversations.
 
     Raises:
       UserError: there is no such thing, it holds no files that are read, or one that is broken.
@@ -86,7 +93,8 @@ def open_records(options: SourceOptions) -> Records:
     from qwen_jax.training.data.columns import ParquetRows, RowGroups
 
     groups = RowGroups()
-    needed = (options.text_field, options.messages_field)
+    needed = PAIR_FIELDS if pairs else (options.text_field, options.messages_field)
+    hint = ("rename those of the pairs",) if pairs else ()
     optional = (options.tools_field, *TEMPLATE_FIELDS)
 
     def open_file(path: Path) -> _File:
@@ -96,7 +104,7 @@ def open_records(options: SourceOptions) -> Records:
             case ".txt":
                 return PlainText(path)
             case ".parquet":
-                return ParquetRows(path, needed, optional, groups)
+                return ParquetRows(path, needed, optional, groups, *hint)
         raise UserError(f"{path}: is not read; give a file that ends in {', '.join(_ENDINGS)}")
 
     return Records([open_file(path) for path in find_files(options)], options)

@@ -112,7 +112,7 @@ def _text(
 ) -> Example:
     text = record.fields[source.text_field]
     if not isinstance(text, str):
-        raise UserError(f"{source.text_field} = {_shown(text)} should be a string")
+        raise UserError(f"{source.text_field} = {shown_value(text)} should be a string")
     ids = tokenizer.encode(text, allow_special=options.allow_special)
     end = end_of_text_id(tokenizer, options)
     ids += [] if end is None else [end]
@@ -124,24 +124,47 @@ def _text(
 def _chat(
     record: Record, tokenizer: Tokenizer, source: SourceOptions, options: TokenOptions
 ) -> Example:
-    messages = _parsed(record.fields, source.messages_field)
-    tools = _parsed(record.fields, source.tools_field)
+    messages = parsed(record.fields, source.messages_field)
+    return tokenise_chat(record, messages, tokenizer, source, options)
+
+
+def tokenise_chat(
+    record: Record,
+    messages: Any,
+    tokenizer: Tokenizer,
+    source: SourceOptions,
+    options: TokenOptions,
+    given: int = 0,
+) -> Example:
+    """The tokens of a conversation, with the tools and template variables of a record.
+
+    Args:
+      record: of which tools and variables are.
+      messages: of the conversation; the first `given` of them are a prompt, which is not learned.
+      tokenizer: of the checkpoint that is trained.
+      source: what the fields are called.
+      options: what is learned.
+
+    Raises:
+      UserError: fields or messages that cannot be read so.
+    """
+    tools = parsed(record.fields, source.tools_field)
     variables = record.fields.get("chat_template_kwargs")
     if variables is None:
         variables = {}
     if not isinstance(variables, dict) or not all(isinstance(key, str) for key in variables):
-        raise UserError(f"chat_template_kwargs = {_shown(variables)} should be an object")
+        raise UserError(f"chat_template_kwargs = {shown_value(variables)} should be an object")
     if record.fields.get("enable_thinking") is not None:
         variables = {**variables, "enable_thinking": record.fields["enable_thinking"]}
     for name in ("add_generation_prompt", "tokenize", "allow_special", "messages", "tools"):
         if name in variables:
             raise UserError(f"chat_template_kwargs: {name} cannot be set here; leave it out")
     ids = tokenizer.apply_chat_template(messages, tools or None, allow_special=False, **variables)
-    learned = learned_tokens(ids, messages, tokenizer, options)
+    learned = learned_tokens(ids, messages, tokenizer, options, given)
     return Example(record.name, np.array(ids, np.int32), learned)
 
 
-def _parsed(fields: dict[str, Any], name: str) -> Any:
+def parsed(fields: dict[str, Any], name: str) -> Any:
     """A field that may be JSON within a string, as tables keep what has no fixed columns."""
     value = fields.get(name)
     if not isinstance(value, str):
@@ -152,7 +175,8 @@ def _parsed(fields: dict[str, Any], name: str) -> Any:
         raise UserError(f"{name} is a string that is not JSON ({error})") from None
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A field's value as errors show it."""
     try:
         return shown(value)
     except TypeError:  # Bytes, dates and others that parquet has.

@@ -1,0 +1,80 @@
+"""What a run makes small: its objective, and what that reads beside the model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import load_config
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.pretrained import load_pretrained, load_tokenizer
+from qwen_jax.text import Tokenizer
+from qwen_jax.training.data.indexed import fingerprint
+from qwen_jax.training.distillation import (
+    TEACHER,
+    DistillationOptions,
+    check_teacher,
+    distillation,
+)
+from qwen_jax.training.objective import NEXT_TOKEN, Objective
+from qwen_jax.training.preference import REFERENCE, preference
+from qwen_jax.training.run_options import RunOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What a run makes small.
+
+    Attributes:
+      objective: of its steps and evaluations.
+      beside: what that reads besides, for `TrainState.beside`.
+      forward: configs of the models that a step runs forward besides.
+      pairs: whether data come as pairs of answers.
+    """
+
+    objective: Objective = NEXT_TOKEN
+    beside: dict[str, Any] | None = None
+    forward: tuple[ModelConfig, ...] = ()
+    pairs: bool = False
+
+
+def choose_goal(options: RunOptions, model: Decoder, params: Any, tokenizer: Tokenizer) -> Goal:
+    """The goal that a run's options name.
+
+    Args:
+      options: of the run.
+      model: what is trained.
+      params: that it begins with, before adapters; None where they are drawn.
+      tokenizer: of the run's data.
+
+    Raises:
+      UserError: a teacher that cannot be loaded, or that has another vocabulary.
+    """
+    if options.preference is not None:
+        beside = None
+        if options.lora is None:
+            # Half the memory of the masters, unless the step computes with as many bits.
+            reference = jax.tree.map(lambda leaf: leaf.astype(options.step.dtype), params)
+            beside = {REFERENCE: reference}
+        return Goal(preference(options.preference), beside, (model.config,), pairs=True)
+    if options.distillation is not None:
+        teacher, known = _load_teacher(options.distillation, options.mesh, model, tokenizer)
+        objective = distillation(options.distillation, teacher)
+        return Goal(objective, {TEACHER: known}, (teacher.config,))
+    return Goal()
+
+
+def _load_teacher(
+    options: DistillationOptions, mesh: str | None, model: Decoder, tokenizer: Tokenizer
+) -> tuple[Decoder, Any]:
+    # Before any of its weights are read.
+    check_teacher(model.config, load_config(resolve_source(options.teacher, weights=False)))
+    if fingerprint(load_tokenizer(options.teacher)) != fingerprint(tokenizer):
+        raise UserError(
+            f"distillation.teacher = {options.teacher}: its tokenizer is not the model's, so that "
+            "what it predicts are other tokens; take a teacher with the same one"
+        )
+    return load_pretrained(options.teacher, options.dtype, mesh)

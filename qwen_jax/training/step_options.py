@@ -1,0 +1,62 @@
+"""How a train step computes: a value that a run's configuration fills in."""
+
+import dataclasses
+from typing import get_args
+
+from qwen_jax.errors import UserError
+from qwen_jax.training.balancing import Pooling
+from qwen_jax.training.layers import Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How a step computes; clipping, schedules and decay are the optimiser's.
+
+    Attributes:
+      dtype: of the parameters' copy and the activations.
+      scan: whether layers of a kind are compiled once and scanned over their stacked weights, or
+        compiled one by one, which spares the copy and, on CPU, time.
+      remat: what is kept for the backward pass, as `training.layers.run_layers` has it.
+      microbatches: parts of the batch that are computed one after another, their gradients summed
+        in float32. The update is that of the whole batch; where a balancing loss counts, the parts
+        run forward once more, before, to learn how the whole batch uses the experts.
+      z_loss: coefficient of the softmax's squared log denominator, mean over tokens.
+      balance_loss: coefficient of the experts' balancing loss; None for the config's.
+      balance_pooling: as `training.balancing.balance_loss` has it.
+      router_z_loss: coefficient of the routers' squared log denominator.
+      mtp_loss: coefficient of the mean cross entropy of the tokens further on, where the model has
+        a head for them (arXiv 2412.19437, section 2.2). With 0 the head is not trained.
+      block_size: tokens of a device whose logits it holds at once.
+
+    Raises:
+      UserError: a value that none of these can have.
+    """
+
+    dtype: str = "bfloat16"
+    scan: bool = True
+    remat: Remat = "full"
+    microbatches: int = 1
+    z_loss: float = 0.0
+    balance_loss: float | None = None
+    balance_pooling: Pooling = "layer"
+    router_z_loss: float = 0.0
+    mtp_loss: float = 0.1
+    block_size: int = 1024
+
+    def __post_init__(self):
+        known = {
+            "dtype": ("float32", "bfloat16"),
+            "remat": get_args(Remat),
+            "balance_pooling": get_args(Pooling),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UserError(
+                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
+                )
+        for name in ("z_loss", "balance_loss", "router_z_loss", "mtp_loss"):
+            if not (getattr(self, name) or 0.0) >= 0:
+                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
+        for name in ("block_size", "microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
