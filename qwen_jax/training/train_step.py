@@ -164,13 +164,6 @@ def _placed(model: Decoder, shapes: Any) -> Any:
     )
 
 
-def train_shardings(model: Decoder, optimiser: optax.GradientTransformation) -> TrainState | None:
-    """Where each leaf of the state lies on the model's mesh; None without one."""
-    if model.mesh is None:
-        return None
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(model, optimiser))
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """A compiled function that makes one update; see `make_train_step`.

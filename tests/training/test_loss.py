@@ -127,3 +127,24 @@ def test_no_array_of_the_program_has_the_size_of_all_logits():
     # Nor are several blocks held at once: of logits and their gradients, beside what else there is.
     temporaries = compiled(block_size).memory_analysis().temp_size_in_bytes
     assert temporaries < 4 * (3 * block_size * V + 2 * V * D + 2 * B * T * D)
+
+
+def test_memory_with_a_published_vocabulary():
+    """Of Qwen3-0.6B's head on 8,192 tokens in bfloat16; with -s it prints rows of a table."""
+    B, T, D, V = 2, 4096, 1024, 151_936
+    shape = jax.ShapeDtypeStruct
+    x, head = shape((B, T, D), jnp.bfloat16), shape((V, D), jnp.bfloat16)
+    targets, weights = shape((B, T), jnp.int32), shape((B, T), jnp.float32)
+
+    def temporaries(block_size):
+        def loss(x, head, targets, weights):
+            return cross_entropy(x, head, targets, weights, block_size=block_size)[0]
+
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, head, targets, weights)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    measured = {size: temporaries(size) for size in (256, 1024, B * T)}
+    for size, nbytes in measured.items():
+        print(f"\n| {size:,} | {nbytes / 1e9:.2f} |")
+    # The head's gradient in float32 is there at any size.
+    assert measured[256] < measured[1024] < 0.25 * measured[B * T]
