@@ -4,8 +4,9 @@
 
 It learns arithmetic of several digits, to read a key out of a passage, to sort and reverse short
 lists and some phrases between English and Chinese, each with thinking and without, and to call a
-calculator. WORKDIR/model is a checkpoint in Hugging Face's layout. A run that was interrupted goes
-on when it is started again.
+calculator. WORKDIR/published is a checkpoint in Hugging Face's layout and bfloat16, which the
+package brings along as qwen_jax/embedded/model. A run that was interrupted goes on when it is
+started again.
 """
 
 from absl import flags
@@ -16,7 +17,7 @@ from tools import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 _PROBLEMS = flags.DEFINE_integer("problems", 60_000, "Problems to learn from.", lower_bound=100)
-_STEPS = flags.DEFINE_integer("steps", 1500, "Updates, of 4,096 tokens each.", lower_bound=4)
+_STEPS = flags.DEFINE_integer("steps", 2000, "Updates, of 4,096 tokens each.", lower_bound=4)
 _SEED = flags.DEFINE_integer("seed", 0, "Of problems, order and parameters.", lower_bound=0)
 
 

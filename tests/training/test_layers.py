@@ -173,8 +173,8 @@ def close(ours, expected, tolerance):
 
 
 def temporaries(model, params, remat):
-    """Bytes beside arguments and gradients in a backward pass over long texts."""
-    ids = jnp.zeros((2, 256), jnp.int32)
+    """Bytes beside arguments and gradients in a backward pass, its attention all at once."""
+    ids = jnp.zeros((4, 128), jnp.int32)
 
     def loss(stacked):
         x, tokens = model.apply({"params": params}, ids, method="begin")
@@ -187,7 +187,7 @@ def temporaries(model, params, remat):
 def test_remat_keeps_what_it_says(dense):
     model, params = dense
     none, dots, full = (temporaries(model, params, remat) for remat in ("none", "dots", "full"))
-    config, tokens = model.config, 2 * 256
+    config, tokens = model.config, 4 * 128
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     # Results of q, k, v and o, gate, up and down, float32, of each layer.
     results = heads - config.num_attention_heads * config.head_dim + config.hidden_size
