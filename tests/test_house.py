@@ -16,7 +16,7 @@ FAMILY_ROOMS = ("nn", "models", "inference", "evaluation")
 # Distributions that do not bear the name of what is imported from them.
 DISTRIBUTIONS = {"absl": "absl-py", "google": "protobuf", "orbax": "orbax-checkpoint"}
 # Imported where the reference is wanted, and only there.
-OPTIONAL = {"tensorboardX", "torch", "transformers", "wandb"}
+OPTIONAL = {"datasets", "lm_eval", "tensorboardX", "torch", "transformers", "wandb"}
 
 
 def relative(path):

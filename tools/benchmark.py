@@ -2,14 +2,19 @@
 
     python -m tools.benchmark --model=DIR --workdir=results
     python -m tools.benchmark --model=qwen3-0.6b --workdir=results
+    python -m tools.benchmark --workload=train --model=configs/benchmark/train_step \\
+        --workdir=results
     python -m tools.benchmark --workload=dispatch --model=qwen3-30b-a3b --workdir=results
 
-A preset's name stands for random weights of its shape, written by transformers in bfloat16 into
---workdir. Everything runs in float32. Medians are printed with the lowest and the highest figure,
-and results.jsonl gets every measurement with what it was made with. Needs requirements-dev.txt.
+A preset's name, or a directory with config.json alone, stands for random weights of that shape,
+written by transformers in bfloat16 into --workdir. Everything runs in float32. Medians are printed
+with the lowest and the highest figure, and results.jsonl gets every measurement with what it was
+made with. Needs requirements-dev.txt.
 
---workload=dispatch measures the ways of running one mixture-of-experts layer of the model's shape
-instead, with random weights and without the reference, and draws dispatch.png.
+--workload=train measures train steps of AdamW, each engine in a process of its own, and checks that
+both have the same losses. --workload=dispatch measures the ways of running one mixture-of-experts
+layer of the model's shape instead, with random weights and without the reference, and draws
+dispatch.png.
 """
 
 import dataclasses
@@ -27,8 +32,8 @@ from qwen_jax.benchmark.dispatch import DispatchRow, measure_dispatch
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
 from qwen_jax.benchmark.pictures import draw_dispatch
-from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.benchmark.throughput import measure_throughput
+from qwen_jax.benchmark.training import measure_training
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -36,6 +41,7 @@ from qwen_jax.evaluation.language_model import check_language_model
 from qwen_jax.evaluation.random_checkpoint import write_random_checkpoint
 from qwen_jax.hf_config import load_config
 from qwen_jax.nn.moe import Dispatch, choose_dispatch
+from qwen_jax.provenance import provenance
 from qwen_jax.reference import import_reference
 from tools import command_line, mesh_flag
 
@@ -45,22 +51,48 @@ _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "Tokens to prefill.", lower
 _STEPS = flags.DEFINE_integer("decode_tokens", 16, "Tokens to decode.", 1, 128)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each figure.", lower_bound=1)
 _WORKLOAD = flags.DEFINE_enum(
-    "workload", "model", ["model", "dispatch"], "What to measure: the model, or its experts alone."
+    "workload",
+    "model",
+    ["model", "train", "dispatch"],
+    "What to measure: loading and decoding, a train step, or the experts alone.",
+)
+_ROWS = flags.DEFINE_integer(
+    "batch_size", 4, "With --workload=train: rows of a batch.", lower_bound=1
+)
+_LENGTH = flags.DEFINE_integer(
+    "length", 512, "With --workload=train: tokens of a row.", lower_bound=2
 )
 _TOKENS = flags.DEFINE_list(
     "tokens",
     ["1", "8", "64", "256", "1024"],
     "With --workload=dispatch: how many tokens to send to the experts, one measurement for each.",
 )
-_FLAGS = (mesh_flag.MESH, _MODEL, _WORKDIR, _PROMPT, _STEPS, _REPEATS, _WORKLOAD, _TOKENS)
+_FLAGS = (
+    mesh_flag.MESH,
+    _MODEL,
+    _WORKDIR,
+    _PROMPT,
+    _STEPS,
+    _REPEATS,
+    _WORKLOAD,
+    _TOKENS,
+    _ROWS,
+    _LENGTH,
+)
+# Which of them each workload reads, beside --model, --workdir and --repeats.
+_READ = {
+    "model": (_PROMPT, _STEPS, mesh_flag.MESH),
+    "train": (_ROWS, _LENGTH),
+    "dispatch": (_TOKENS,),
+}
 
 
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
-    others = (_PROMPT, _STEPS, mesh_flag.MESH) if _WORKLOAD.value == "dispatch" else (_TOKENS,)
-    for flag in others:
-        if flags.FLAGS[flag.name].present:
-            raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
+    for name, read in _READ.items():
+        for flag in read:
+            if name != _WORKLOAD.value and flags.FLAGS[flag.name].present:
+                raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
     workdir = command_line.path(_WORKDIR)
     preset = get_preset(_MODEL.value) if names_a_preset(_MODEL.value) else None
     directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
@@ -68,7 +100,10 @@ def main() -> None:
         config = load_config(directory) if preset is None else preset
         counts = _dispatch_counts(config)
     elif preset is None:
-        check_language_model(directory, "are what is timed")
+        if [path.name for path in directory.iterdir()] == ["config.json"]:
+            preset, directory = load_config(directory), workdir / directory.name
+        else:
+            check_language_model(directory, "are what is timed")
     results = workdir / "results.jsonl"
     try:
         # Before the minutes of measuring.
@@ -83,6 +118,11 @@ def main() -> None:
     import_reference()
     if preset is not None and not (directory / "config.json").is_file():
         write_random_checkpoint(preset, directory)
+    if _WORKLOAD.value == "train":
+        speeds = measure_training(directory, _ROWS.value, _LENGTH.value, _REPEATS.value)
+        what = f"train step of {_ROWS.value} x {_LENGTH.value}, tokens/s"
+        _report(workdir, {name: {what: values} for name, values in speeds.items()})
+        return
     config = load_config(directory)
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for _ in tqdm.trange(_REPEATS.value, desc="loading", disable=None):
@@ -105,6 +145,10 @@ def main() -> None:
     for name, speed in speeds.items():
         figures[name][f"prefill of {_PROMPT.value}, tokens/s"] = speed["prefill"]
         figures[name][f"decode after {_PROMPT.value}, tokens/s"] = speed["decode"]
+    _report(workdir, figures)
+
+
+def _report(workdir: Path, figures: dict[str, dict[str, list[float]]]) -> None:
     _write(
         workdir,
         [

@@ -11,6 +11,7 @@ on when it is started again.
 from absl import flags
 
 from qwen_jax.embedded.build import build
+from qwen_jax.training.host_memory import keep_freed_memory
 from tools import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
@@ -21,6 +22,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of problems, order and parameters.", lo
 
 def main() -> None:
     """Builds it."""
+    keep_freed_memory()
     done = build(command_line.path(_WORKDIR), _PROBLEMS.value, _STEPS.value, _SEED.value)
     command_line.leave_if_stopped(done, _STEPS.value)
 

@@ -33,7 +33,6 @@ import numpy as np
 from absl import flags
 
 import qwen_jax
-from qwen_jax.benchmark.provenance import provenance
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.writer import new_directory, write_json
 from qwen_jax.config import HeadKind, ModelConfig
@@ -42,6 +41,7 @@ from qwen_jax.hf_config import DTYPES, load_config
 from qwen_jax.inference import scoring
 from qwen_jax.json_fields import read_json_object, shown
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.provenance import provenance
 from qwen_jax.text import Tokenizer, scoring_prompts
 from tools import command_line, mesh_flag, weights_flag
 from tools.jsonl_rows import as_json, read_rows

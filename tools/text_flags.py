@@ -1,40 +1,16 @@
-"""Flags and loading that the command lines which write text share."""
+"""Flags that the command lines which write text share, beside the model's."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-import qwen_jax
-from qwen_jax.checkpoint.hub import resolve_source
-from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import DTYPES, load_config
-from qwen_jax.hf_rope import parse_rope_flag
-from qwen_jax.inference.checks import check_writes_text
-from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import StopStrings, Tokenizer
-from tools import mesh_flag, weights_flag
+from tools.model_flags import load_model
 
-MODEL = flags.DEFINE_string(
-    "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
-)
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "Of the parameters; float32 on CPU, else the checkpoint's."
-)
-ROPE = flags.DEFINE_string(
-    "rope",
-    "",
-    "none, or KIND[:FACTOR][,option=value...], such as yarn:4,original=32768; the checkpoint's own "
-    "if not given. Kinds: default, linear, dynamic, yarn. Options, of yarn: original (the trained "
-    "length), attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate.",
-)
-REFUSE_NONFINITE = flags.DEFINE_bool(
-    "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."
-)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
@@ -124,47 +100,13 @@ def open_session() -> Session:
     given = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
     SamplingOptions(**given)
     StopStrings(STOP.value)
-    rope_scaling = parse_rope_flag(ROPE.value)
-    directory = resolve_source(MODEL.value)
-    _check_writes_text(directory, load_config(directory))
-    defaults = load_generation_defaults(directory)
-    tokenizer = qwen_jax.load_tokenizer(directory)
-    max_new_tokens = MAX_NEW_TOKENS.value or defaults.max_new_tokens or 512
-    model, params = qwen_jax.load_pretrained(
-        directory,
-        DTYPE.value,
-        mesh_flag.MESH.value,
-        rope_scaling=rope_scaling,
-        allow_nonfinite=not REFUSE_NONFINITE.value,
-        weights=weights_flag.WEIGHTS.value,
-    )
-    # Of some embedders only the tensors tell.
-    _check_writes_text(directory, model.config)
-    weights_flag.report_memory(directory, params)
+    loaded = load_model()
     return Session(
-        model=model,
-        params=params,
-        tokenizer=tokenizer,
-        options=dataclasses.replace(defaults.options, **given),
-        stop_ids=_stop_ids(defaults, tokenizer, model),
-        max_new_tokens=max_new_tokens,
-        max_window_size=defaults.max_window_size,
+        model=loaded.model,
+        params=loaded.params,
+        tokenizer=loaded.tokenizer,
+        options=dataclasses.replace(loaded.defaults.options, **given),
+        stop_ids=loaded.stop_ids,
+        max_new_tokens=MAX_NEW_TOKENS.value or loaded.defaults.max_new_tokens or 512,
+        max_window_size=loaded.defaults.max_window_size,
     )
-
-
-def _check_writes_text(directory: Path, config: ModelConfig) -> None:
-    try:
-        check_writes_text(config)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from None
-
-
-def _stop_ids(
-    defaults: GenerationDefaults, tokenizer: Tokenizer, model: Decoder
-) -> tuple[int, ...]:
-    """The file's; else config.json's and the tokenizer's own. With those of the chat format."""
-    ids = defaults.stop_ids
-    if ids is None:
-        ids = (*model.config.eos_token_ids, tokenizer.eos_token_id)
-    ids = (*ids, *map(tokenizer.added_tokens.get, defaults.stop_tokens))
-    return tuple(i for i in dict.fromkeys(ids) if i is not None)

@@ -15,6 +15,7 @@ Of several processes, on a TPU pod, under Slurm or told by flags, each runs this
 from absl import flags
 
 from configs.models import get_preset
+from qwen_jax.training.host_memory import keep_freed_memory
 from qwen_jax.training.run import RunOptions, run
 from tools import command_line, config_flag, processes
 
@@ -25,6 +26,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Reads the configuration and runs it."""
+    keep_freed_memory()
     config = config_flag.read_config()
     workdir = command_line.path(_WORKDIR)
     preset = config.get("preset")

@@ -1,1 +1,1 @@
-"""Measuring a model: parity with the reference."""
+"""Measuring a model: perplexity, tasks, problems of its own; parity with the reference."""

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.inference.checks import check_head, check_integer
-from qwen_jax.inference.decoding import bucket, read_ids
-from qwen_jax.models.decoder import Decoder, warn_if_longer
+from qwen_jax.inference.decoding import read_ids
+from qwen_jax.inference.padding import padded_batches
+from qwen_jax.models.decoder import Decoder
 
 Texts = Sequence[Sequence[int]]
 Task = Literal["embed", "rerank", "reward", "step_reward", "classify", "guard"]
@@ -215,31 +215,19 @@ def _run(
     config = model.config
     check_integer("batch_size", batch_size, 1)
     rows = [read_ids(config, f"texts[{i}]", text) for i, text in enumerate(texts)]
-    if not rows:
-        return []
-    warn_if_longer(config, max(map(len, rows)))
-    if config.rope.depends_on_length:
-        # The longest row would set the frequencies of the whole batch.
-        batch_size = 1
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    starts = range(0, len(rows), batch_size)
     results: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    for start in tqdm.tqdm(starts, "scoring", unit="batch", disable=None):
-        batch = order[start : start + batch_size]
-        lengths = np.array([len(rows[i]) for i in batch])
-        at = np.arange(bucket(int(lengths.max())))
-        mask = at < lengths[:, None]
-        ids = np.zeros(mask.shape, np.int32)
-        ids[mask] = np.concatenate([rows[i] for i in batch])
-        read = _forward(model, params, ids, mask, np.where(mask, at, 0), what, columns)
-        for i, row in zip(batch, np.asarray(read), strict=True):
+    for batch in padded_batches(config, rows, batch_size):
+        arrays = (batch.ids, batch.mask, batch.positions)
+        read = np.asarray(_forward(model, params, *arrays, what, columns))
+        for i, row in zip(batch.numbers, read, strict=False):
             results[i] = row[: len(rows[i])] if what == "all" else row[0]
             if not np.isfinite(results[i]).all():
-                raise NonfiniteScoresError(i, _not_numbers(params["embed_tokens"]["weight"].dtype))
+                raise NonfiniteScoresError(i, not_numbers(params["embed_tokens"]["weight"].dtype))
     return results
 
 
-def _not_numbers(dtype: jnp.dtype) -> str:
+def not_numbers(dtype: jnp.dtype) -> str:
+    """What is wrong with scores that are NaN or infinite, and what to do."""
     wider = "" if dtype == jnp.float32 else ", or load it as float32"
     return f"its scores are NaN or infinite in {dtype}; download the checkpoint again{wider}"
 

@@ -231,7 +231,7 @@ class Decoder(nn.Module):
         """What the caller gets of a pass: its own rows and columns, in its own order."""
         B, T = call.ids.shape
         wants_all = isinstance(logits_at, str) and logits_at == "all"
-        logits = self._read(select(hidden_states[-1], logits_at, call, tokens))
+        logits = self.read(select(hidden_states[-1], logits_at, call, tokens))
         if logits is not None:
             if config.head is HeadKind.VOCABULARY:
                 along = "length" if wants_all else None
@@ -315,8 +315,12 @@ class Decoder(nn.Module):
             logits_at,
         )
 
-    def _read(self, x: jax.Array) -> jax.Array | None:
-        """What the output head makes of hidden states [B, P, D], in float32."""
+    def read(self, x: jax.Array) -> jax.Array | None:
+        """What the output head makes of hidden states [B, P, D], in float32; None without one.
+
+        For callers that read a pass's last hidden states a part at a time:
+        `model.apply({"params": params}, x, method="read")`.
+        """
         config = self.config
         match config.head:
             case HeadKind.NONE:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 # The side of a square of scores in memory, for each head: large enough to keep the hardware busy.
 _BLOCK = 512
+# Queries whose scores are computed at once where it is known that they see no key behind them.
+_ROWS = 128
 # Up to so many queries, as in decoding, all of a row's scores are small.
 _FEW_QUERIES = 16
 # Stands for the logarithm of zero. Finite, so that a query that sees no key makes no NaN.
@@ -71,6 +73,7 @@ def attend(
     scale: jax.Array | float | None = None,
     method: Literal["auto", "plain", "blockwise"] = "auto",
     dtype: jnp.dtype | None = None,
+    in_order: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention; scores and softmax are float32, weights have v's dtype.
 
@@ -84,6 +87,8 @@ def attend(
         T and S, for gradients too (of reverse mode only), and passes over blocks that no query
         sees; "auto" is plain where the scores are few.
       dtype: of the first result, such as float32 for one that is merged with others; None for q's.
+      in_order: a promise that in every row query t and key t stand at slot t. Plain attention then
+        has no scores of blocks of keys that are behind all of a block of queries.
 
     Returns:
       [B, T, H, dv], and the log-sum-exp of each query's scores, float32 [B, T, H].
@@ -108,7 +113,8 @@ def attend(
         few = T <= _FEW_QUERIES or (T <= _BLOCK and S <= 8 * _BLOCK)
         method = "plain" if few else "blockwise"
     if method == "plain":
-        out, lse = _plain(dtype, q, k, v, mask, scale)
+        plain = _plain_in_order if in_order else _plain
+        out, lse = plain(dtype, q, k, v, mask, scale)
     else:
         out, lse = _blockwise(_BLOCK, dtype, q, k, v, mask, scale)
     return _ungrouped(out), _ungrouped(lse)
@@ -183,6 +189,28 @@ def _plain(dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
     lse = einops.rearrange(jax.nn.logsumexp(scores, axis=-1), "B K G T -> B T K G")
     sees = jnp.any(seen, axis=-1)[:, :, None, None]
     return jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, _LOWEST)
+
+
+def _plain_in_order(dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
+    """As `_plain`, a block of queries after another, each with the keys up to its end."""
+    parts = []
+    for start in range(0, q.shape[1], _ROWS):
+        stop = start + _ROWS
+        rows = functools.partial(jax.tree.map, lambda x, start=start, stop=stop: x[:, start:stop])
+        keys = functools.partial(jax.tree.map, lambda x, stop=stop: x[:, :stop])
+        queries = rows(_queries(q, mask, scale))
+        part = mask.replace(
+            query_slots=queries.slots,
+            query_groups=queries.groups,
+            query_segments=queries.segments,
+            key_valid=keys(mask.key_valid),
+            key_groups=keys(mask.key_groups),
+            key_slots=keys(mask.key_slots),
+            key_segments=keys(mask.key_segments),
+        )
+        parts.append(_plain(dtype, queries.q, keys(k), keys(v), part, queries.scale))
+    out, lse = zip(*parts, strict=True)
+    return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
 
 
 def _seen(mask: Mask, S: int) -> jax.Array:

@@ -15,7 +15,7 @@ from qwen_jax.nn.cache import AttentionCache, KeyValues, key_value_axes, write_s
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
 from qwen_jax.nn.kernels.choose import Kernels, kernels_on
 from qwen_jax.nn.kernels.paged import PagedKeyValues, paged_attend, read_pages, write_pages
-from qwen_jax.nn.linear import Linear
+from qwen_jax.nn.linear import Linear, as_rows
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.ring import (
     cache_attend,
@@ -93,11 +93,12 @@ class Attention(nn.Module):
         self, x: jax.Array, tokens: Tokens, cache: AttentionCache | None
     ) -> tuple[jax.Array, AttentionCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this call's tokens in it."""
-        config, d = self.config, self.config.head_dim
+        config, d, shape = self.config, self.config.head_dim, x.shape
+        rows = as_rows(x, tokens.layout)
 
         def project(name: str, heads: int) -> jax.Array:
             layer = Linear(heads * d, config.qkv_bias, config.initializer_range, name=name)
-            return einops.rearrange(layer(x), "B T (h d) -> B T h d", d=d)
+            return layer(rows).reshape(*shape[:2], heads, d)
 
         q = project("q_proj", config.num_attention_heads)
         k = project("k_proj", config.num_key_value_heads)
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         output = Linear(
             config.hidden_size, config.output_bias, config.initializer_range, name="o_proj"
         )
-        return output(out), cache
+        return output(as_rows(out, tokens.layout)).reshape(shape), cache
 
     def _attend(self, q, k, v, tokens: Tokens, cache: AttentionCache | None):
         """Rotates and attends, each device on its own rows and heads."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qwen_jax.nn.low_rank import LowRankWeight, add_update, base_of
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize
+from qwen_jax.sharding.axes import Layout
 
 Weight = jax.Array | QuantizedWeight | LowRankWeight
 
@@ -74,6 +75,12 @@ def _multiply_quantized(x: jax.Array, weight: QuantizedWeight, out_dtype: jnp.dt
 
     blocks = jax.lax.map(block, jnp.arange(0, n_out, size))
     return jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], n_out)
+
+
+def as_rows(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """[..., n] -> [rows, n], where no mesh lays out the axes: XLA's CPU compiler then neither
+    transposes activations for the gradients of weights nor multiplies row by row of a batch."""
+    return x.reshape(-1, x.shape[-1]) if layout is None else x
 
 
 def as_dense(weight: Weight, dtype: jnp.dtype) -> jax.Array | LowRankWeight:

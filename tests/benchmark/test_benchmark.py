@@ -1,14 +1,16 @@
 """`python -m tools.benchmark`, and that both of its engines do the same work."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from qwen_jax.benchmark import training
 from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
-from qwen_jax.benchmark.provenance import git_hash
 from qwen_jax.errors import UserError
+from qwen_jax.provenance import git_hash
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.tools.conftest import ROOT, refusal
 
@@ -59,7 +61,44 @@ def test_a_run_prints_every_figure_and_records_what_it_was_made_with(run_tool, t
             "mesh": "fsdp:2,tensor:2",
             "workload": "model",
             "tokens": ["1", "8", "64", "256", "1024"],
+            "batch_size": 4,
+            "length": 512,
         }
+
+
+def test_train_steps_are_timed_where_both_engines_do_the_same(run_tool, tiny, tmp_path):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    shutil.copy(tiny / "config.json", shape)
+    result = run_tool(
+        "benchmark",
+        f"--model={shape}",
+        f"--workdir={tmp_path / 'results'}",
+        "--workload=train",
+        "--batch_size=2",
+        "--length=24",
+        "--repeats=3",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    *_, row = result.stdout.splitlines()
+    what, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+    assert what == "train step of 2 x 24, tokens/s"
+    assert float(cells[-1]) > 0
+    records = [json.loads(line) for line in (tmp_path / "results/results.jsonl").open()]
+    assert [len(record["values"]) for record in records] == [3, 3]
+
+
+def test_train_steps_that_are_not_the_same_are_not_timed(tiny, monkeypatch):
+    monkeypatch.setattr(training, "_TOLERANCE", 0.0)
+    with pytest.raises(UserError, match=r"losses of step \d are .* do not do the same"):
+        training.measure_training(tiny, 2, 24, 8)
+
+
+def test_a_flag_of_another_workload_is_refused(run_tool, tiny, tmp_path):
+    line = refusal(
+        run_tool("benchmark", f"--model={tiny}", f"--workdir={tmp_path}", "--batch_size=2")
+    )
+    assert line == "--batch_size is not for --workload=model"
 
 
 def test_the_engines_choose_the_same_tokens(tiny):
@@ -79,12 +118,6 @@ def test_a_load_that_fails_says_why(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(UserError, match=r"^measuring transformers failed: transformers cannot lo"):
         measure_load("transformers", tmp_path)
-
-
-def test_no_hash_is_recorded_outside_a_checkout(tmp_path):
-    assert git_hash(tmp_path) is None
-    (tmp_path / ".git").mkdir()
-    assert git_hash(tmp_path) is None
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["directory", "results"])

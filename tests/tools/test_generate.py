@@ -465,7 +465,7 @@ def test_help_lists_every_flag(run_tool):
     assert "python -m tools.generate --model=" in result.stdout
     defined = {
         call.args[0].value
-        for name in ("generate", "text_flags")
+        for name in ("generate", "text_flags", "model_flags")
         for call in ast.walk(ast.parse((ROOT / "tools" / f"{name}.py").read_text()))
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "").startswith("DEFINE_")
     }

@@ -94,7 +94,7 @@ class Kernels:
             case "cudnn":
                 return cudnn_attend(q, k, v, mask, scale, self.in_order), None
             case _:
-                return attend(q, k, v, mask, scale, otherwise, dtype)
+                return attend(q, k, v, mask, scale, otherwise, dtype, self.in_order)
 
     def gradients_of_part(self, q, k, v, mask: Mask, scale, results, cotangents):
         """`nn.attend.gradients_of_part`."""

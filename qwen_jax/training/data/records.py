@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from qwen_jax.checkpoint.hub import download_dataset
 from qwen_jax.errors import UserError
-from qwen_jax.training.data.columns import ParquetRows, RowGroups
 from qwen_jax.training.data.lines import JsonLines, PlainText
 from qwen_jax.training.data.options import SourceOptions
 
@@ -89,6 +88,10 @@ def open_records(options: SourceOptions, pairs: bool = False) -> Records:
     Raises:
       UserError: there is no such thing, it holds no files that are read, or one that is broken.
     """
+    # Not where this module is imported: pyarrow starts threads, and a command that wants malloc
+    # otherwise (`training.host_memory`) has to say so before any.
+    from qwen_jax.training.data.columns import ParquetRows, RowGroups
+
     groups = RowGroups()
     needed = PAIR_FIELDS if pairs else (options.text_field, options.messages_field)
     hint = ("rename those of the pairs",) if pairs else ()

@@ -1,26 +1,28 @@
 """What a measurement was made with, so that it can be made again."""
 
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 _DISTRIBUTIONS = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
-def provenance(dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
+def provenance(dtype: str, settings: dict[str, Any], also: Sequence[str] = ()) -> dict[str, Any]:
     """One JSON object: source, versions, device, and what was asked for.
 
     Args:
       dtype: of parameters and activations.
       settings: flag -> its value.
+      also: further distributions that took part, whose versions are told too.
     """
     return {
         "git": git_hash(_ROOT),
-        "versions": {name: _version(name) for name in _DISTRIBUTIONS},
+        "versions": {name: _version(name) for name in (*_DISTRIBUTIONS, *also)},
         "device": jax.devices()[0].device_kind,
         "dtype": dtype,
         "flags": settings,

@@ -1,0 +1,99 @@
+"""Flags and loading of the command lines that run a language model on text."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+import qwen_jax
+from qwen_jax.checkpoint.hub import resolve_source
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.hf_config import DTYPES, load_config
+from qwen_jax.hf_rope import parse_rope_flag
+from qwen_jax.inference.checks import check_writes_text
+from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.text import Tokenizer
+from tools import mesh_flag, weights_flag
+
+MODEL = flags.DEFINE_string(
+    "model", None, "Checkpoint directory or hub id, such as Qwen/Qwen3-0.6B.", required=True
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, DTYPES, "Of the parameters; float32 on CPU, else the checkpoint's."
+)
+ROPE = flags.DEFINE_string(
+    "rope",
+    "",
+    "none, or KIND[:FACTOR][,option=value...], such as yarn:4,original=32768; the checkpoint's own "
+    "if not given. Kinds: default, linear, dynamic, yarn. Options, of yarn: original (the trained "
+    "length), attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate.",
+)
+REFUSE_NONFINITE = flags.DEFINE_bool(
+    "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What --model names.
+
+    Attributes:
+      directory: of the checkpoint.
+      model, params, tokenizer: as the package loads them.
+      defaults: of its generation_config.json.
+      stop_ids: that end a text.
+    """
+
+    directory: Path
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    stop_ids: tuple[int, ...]
+
+
+def load_model() -> LoadedModel:
+    """Loads what --model names, the cheap things first, so that bad input fails early.
+
+    Raises:
+      UserError: bad flags, or whatever is wrong with the checkpoint.
+    """
+    rope_scaling = parse_rope_flag(ROPE.value)
+    directory = resolve_source(MODEL.value)
+    _check_writes_text(directory, load_config(directory))
+    defaults = load_generation_defaults(directory)
+    tokenizer = qwen_jax.load_tokenizer(directory)
+    model, params = qwen_jax.load_pretrained(
+        directory,
+        DTYPE.value,
+        mesh_flag.MESH.value,
+        rope_scaling=rope_scaling,
+        allow_nonfinite=not REFUSE_NONFINITE.value,
+        weights=weights_flag.WEIGHTS.value,
+    )
+    # Of some embedders only the tensors tell.
+    _check_writes_text(directory, model.config)
+    weights_flag.report_memory(directory, params)
+    stop_ids = _stop_ids(defaults, tokenizer, model)
+    return LoadedModel(directory, model, params, tokenizer, defaults, stop_ids)
+
+
+def _check_writes_text(directory: Path, config: ModelConfig) -> None:
+    try:
+        check_writes_text(config)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+
+
+def _stop_ids(
+    defaults: GenerationDefaults, tokenizer: Tokenizer, model: Decoder
+) -> tuple[int, ...]:
+    """The file's; else config.json's and the tokenizer's own. With those of the chat format."""
+    ids = defaults.stop_ids
+    if ids is None:
+        ids = (*model.config.eos_token_ids, tokenizer.eos_token_id)
+    ids = (*ids, *map(tokenizer.added_tokens.get, defaults.stop_tokens))
+    return tuple(i for i in dict.fromkeys(ids) if i is not None)
