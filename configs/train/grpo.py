@@ -49,7 +49,7 @@ def get_config(argument: str = "prompts.jsonl") -> ConfigDict:
             grpo=GrpoOptions(
                 rewards=(RewardOptions("exact"),),
                 group_size=8,
-                max_new_tokens=24,
+                max_new_tokens=20,
                 clip_high=0.28,
             ),
             optimiser=OptimiserOptions(
@@ -58,7 +58,7 @@ def get_config(argument: str = "prompts.jsonl") -> ConfigDict:
             step=SMALL_STEP,
             loop=LoopOptions(num_steps=150, checkpoint_every=50, eval_every=25),
             report=ReportOptions(),
-            **small_data({"questions": None}, length=72, batch_size=64, pack=False),
+            **small_data({"questions": None}, length=64, batch_size=64, pack=False),
         )
     return recipe(
         model="Qwen/Qwen3-0.6B",
