@@ -71,7 +71,8 @@ class RunOptions:
       distillation: learns what a teacher predicts, of any data; None for no such thing.
       grpo: learns from rewards of its own answers to prompts; None for no such thing. One of these
         three at most; with none, the next token is learned. A step of the loop is then a rollout
-        with its updates, and evaluations are of one greedy answer to each prompt.
+        with its updates, and evaluations are of one greedy answer to each prompt; they have no
+        loss, so that of checkpoints the newest stay alone.
       upcycle: makes a model with experts of the dense `model` first; None to leave it dense.
       changes: of the model's config; None for none.
       from_scratch: whether the parameters are drawn from `seed`.
