@@ -20,6 +20,12 @@ start, then GRPO once for each seed, and a picture of all:
         --config.seed=0 --config.data.seed=0
     python -m tools.curves --runs=runs/small/grpo-0,runs/small/grpo-1,runs/small/grpo-2 \\
         --metric=reward --smooth=9 --output=runs/small/grpo.png
+
+Other seeds are --config.seed=1 --config.data.seed=1 and so on: they set what is drawn and the order
+of the prompts, not the start. `reward` is the share of right answers among those drawn, and
+`eval_reward` that of the most likely answers to problems held out; both should rise from what the
+start left. Where `no_signal` is near 1 from the beginning, the start was too short or too long:
+--config.loop.num_steps.
 """
 
 import dataclasses
