@@ -223,7 +223,7 @@ def test_rewards_raise_what_the_short_start_left(trained):
     assert [row["step"] for row in training] == [1, 2]
     assert all(0 <= row["reward"] <= 1 and row["answer_tokens"] > 0 for row in training)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["eval_prompts"] == 4
+    assert [line["eval_prompts"] for line in lines if "eval_prompts" in line] == [4]
     assert (workdir / "reward.png").exists()
 
 
