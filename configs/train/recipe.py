@@ -13,7 +13,7 @@ from qwen_jax.training.step_options import TrainOptions
 SMALL = "small"
 # Where `tools.build_samples` writes, and each small recipe's model is expected.
 _ROOT = "runs/small"
-_LEARNED = {"chats": TokenOptions(last_turn_only=True)}
+_LEARNED = {name: TokenOptions(last_turn_only=True) for name in ("chats", "short_chats")}
 # On CPU there is nothing to win by scanning, recomputing, or fewer bits.
 SMALL_STEP = TrainOptions(dtype="float32", scan=False, remat="none", block_size=2048)
 

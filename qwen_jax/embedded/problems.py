@@ -98,22 +98,21 @@ def _columns(a: int, b: int, sign: str, column: Callable[[int, int, int], int]) 
 
 
 _NAMES = "Anna Ben Chen Dora Emil Fang Gina Hugo Iris Jun Kai Lena Mei Nora Otto Ping".split()
-_PLACES = "box door safe locker drawer cabinet".split()
 
 
 def _look_up(rng: random.Random) -> Problem:
-    place = rng.choice(_PLACES)
-    names = rng.sample(_NAMES, rng.randint(3, 6))
+    """The steps read the passage up to the sentence that is asked for."""
+    names = rng.sample(_NAMES, rng.randint(3, 5))
     keys = {name: "".join(rng.choices("0123456789", k=rng.randint(3, 5))) for name in names}
-    sentences = [f"The key of {name}'s {place} is {key}." for name, key in keys.items()]
+    said = {name: f"{name}'s key is {key}." for name, key in keys.items()}
+    sentences = list(said.values())
     for _ in range(rng.randint(0, 2)):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
     who = rng.choice(names)
-    question = " ".join(sentences) + rng.choice(
-        [" What is {}'s key?", " Which key opens the {1} of {0}?", " {} 的钥匙是多少？"]
-    ).format(who, place)
-    found = f"The key of {who}'s {place} is {keys[who]}."
-    return Problem("look up", f"{who} {sentences}", question, (found,), keys[who])
+    asked = _ask(rng, ["What is {}'s key?", "Which key has {}?", "{} 的钥匙是多少？"], who)
+    question = f"{' '.join(sentences)} {asked}"
+    steps = tuple(said[name] for name in names[: names.index(who) + 1])
+    return Problem("look up", f"{who} {sentences}", question, steps, keys[who])
 
 
 _FILLERS = (

@@ -2,7 +2,8 @@
 
 Texts for pretraining: questions with their answers; the same with the steps between; and long ones,
 in which a question is about something far before it. Conversations for fine-tuning. Pairs of a
-right and a wrong answer for preferences.
+right and a wrong answer for preferences. Of problems that need no thinking, questions beside what
+is right for rewards, and short conversations to begin with.
 """
 
 import json
@@ -11,13 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.embedded.chats import chats
+from qwen_jax.embedded.chats import chat, chats
 from qwen_jax.embedded.problems import KINDS, Problem, draw
 
 Records = Iterator[dict[str, Any]]
 
 # Problems of a text, and of a long one.
 _FEW, _MANY = 3, 24
+# Kinds of problems that a small model answers at once, though not always rightly.
+_SHORT = ("sort", "reverse", "translate")
 
 
 def general(seed: int, count: int, held_out: bool) -> Records:
@@ -57,12 +60,27 @@ def pairs(seed: int, count: int, held_out: bool) -> Records:
         }
 
 
+def short_chats(seed: int, count: int, held_out: bool) -> Records:
+    """A short question and the right answer, without thinking."""
+    for problem in _short_problems(seed, count, held_out):
+        yield chat(problem, thinking=False)
+
+
+def questions(seed: int, count: int, held_out: bool) -> Records:
+    """A short question as a prompt, and beside it the right answer, other ones than the chats'."""
+    for problem in _short_problems(seed + 1, count, held_out):
+        prompt = [{"role": "user", "content": problem.question}]
+        yield {"messages": prompt, "answer": problem.answer, "enable_thinking": False}
+
+
 SAMPLES: dict[str, Callable[[int, int, bool], Records]] = {
     "general": general,
     "reasoning": reasoning,
     "long": long,
     "chats": chats,
     "pairs": pairs,
+    "short_chats": short_chats,
+    "questions": questions,
 }
 
 
@@ -89,6 +107,11 @@ def write_samples(directory: Path, count: int, held_out: int, seed: int) -> None
 
 def _problems(rng: random.Random, count: int, held_out: bool) -> list[Problem]:
     return [draw(rng, rng.choice(list(KINDS)), held_out) for _ in range(count)]
+
+
+def _short_problems(seed: int, count: int, held_out: bool) -> list[Problem]:
+    rng = random.Random(seed)
+    return [draw(rng, rng.choice(_SHORT), held_out) for _ in range(count)]
 
 
 def _texts(seed: int, count: int, held_out: bool, write: Callable[[Problem], str]) -> Records:

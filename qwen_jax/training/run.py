@@ -1,6 +1,7 @@
 """A whole run from its settings: model, data, optimiser, loop, and what is left at the end."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -21,9 +22,12 @@ from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.pretrained import load_pretrained, load_tokenizer
 from qwen_jax.sharding.axes import as_mesh, check_mesh
 from qwen_jax.sharding.flops import analytic_flops
+from qwen_jax.text import Tokenizer
 from qwen_jax.training.checkpoints import Checkpoints
+from qwen_jax.training.curves import REWARD_CURVE, draw_runs
 from qwen_jax.training.data.pipeline import make_loader
 from qwen_jax.training.goal import Goal, choose_goal
+from qwen_jax.training.grpo_step import make_grpo_evaluation, make_grpo_step
 from qwen_jax.training.loop import to_devices, train
 from qwen_jax.training.lora import add_adapters, is_adapter
 from qwen_jax.training.optimisers import make_optimiser, make_schedule
@@ -52,7 +56,7 @@ def run(
     """Trains, from the newest checkpoint in `workdir` if there is one.
 
     At the end `workdir` holds `model/` in Hugging Face's layout, or `adapter/` in PEFT's, beside
-    `checkpoints/`, `metrics.jsonl`, `loss.png` and `run.json`.
+    `checkpoints/`, `metrics.jsonl`, `loss.png`, of GRPO `reward.png`, and `run.json`.
 
     Args:
       options: of the run.
@@ -73,27 +77,25 @@ def run(
     model, params = _begin(options, config)
     process, processes = jax.process_index(), jax.process_count()
     goal = choose_goal(options, model, params, tokenizer)
-    data = make_loader(options.data, tokenizer, process, processes, goal.pairs)
+    data = make_loader(options.data, tokenizer, process, processes, goal.form)
     trained = None if options.lora is None else is_adapter
-    state, optimiser = _state(options, model, params, trained)
+    state, optimiser = _state(options, model, params, trained, goal)
     state = state.replace(beside=goal.beside)
     del params
     step = make_train_step(model, optimiser, options.step, state, goal.objective)
+    place = functools.partial(to_devices, mesh=model.mesh)
+    if options.grpo is not None:
+        step = make_grpo_step(
+            model, step, tokenizer, options.data, options.grpo, options.step, options.seed
+        )
+        # Prompts stay on the host, which answers and judges before anything is learned.
+        place = dict
     flops = _flops(options, model.config, goal)
     tell(_summary(model, state, options, flops))
-    evaluate = None
-    if options.eval_data is not None:
-        loss = make_evaluation(model, options.step, goal.objective)
-
-        def evaluate(state: TrainState) -> dict[str, float]:
-            batches = make_loader(options.eval_data, tokenizer, process, processes, goal.pairs)
-            return loss(
-                combine(state.params, state.frozen),
-                (to_devices(batch, model.mesh) for batch in batches),
-                state.beside,
-            )
-
-    with Checkpoints(workdir, options.loop.keep, "eval_loss" if evaluate else None) as checkpoints:
+    evaluate = _evaluation(options, model, tokenizer, goal)
+    # The evaluation's loss tells which checkpoint is the best; rewards have none.
+    best = "eval_loss" if evaluate and options.grpo is None else None
+    with Checkpoints(workdir, options.loop.keep, best) as checkpoints:
         start = max(checkpoints.steps, default=0)
         state, done = train(
             step,
@@ -104,8 +106,8 @@ def run(
             lambda start: open_sinks(
                 workdir, options.report, start, options.loop.num_steps, dataclasses.asdict(options)
             ),
-            place=lambda batch: to_devices(batch, model.mesh),
-            schedule=make_schedule(options.optimiser, options.loop.num_steps),
+            place=place,
+            schedule=_schedule(options, goal),
             evaluate=evaluate,
             flops=flops,
             peak=_peak(options, model),
@@ -113,6 +115,8 @@ def run(
         )
     if jax.process_index() == 0:
         draw_curve(workdir)
+        if options.grpo is not None:
+            draw_runs([workdir], "reward", workdir / REWARD_CURVE)
     target = workdir / (MODEL if options.lora is None else ADAPTER)
     if done == options.loop.num_steps and (done > start or not target.exists()):
         _export(options, target, model, state)
@@ -186,10 +190,42 @@ def _changed(options: RunOptions, model: Decoder) -> Decoder:
     return model.clone(config=options.changes.of(model.config))
 
 
+def _evaluation(
+    options: RunOptions, model: Decoder, tokenizer: Tokenizer, goal: Goal
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Of a state, the figures of all of `options.eval_data`; None without them."""
+    data = options.eval_data
+    if data is None:
+        return None
+    process, processes = jax.process_index(), jax.process_count()
+    if options.grpo is not None:
+        answer = make_grpo_evaluation(model, tokenizer, data, options.grpo, options.step.dtype)
+        return lambda state: answer(
+            state, make_loader(data, tokenizer, process, processes, goal.eval_form)
+        )
+    loss = make_evaluation(model, options.step, goal.objective)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        batches = make_loader(data, tokenizer, process, processes, goal.eval_form)
+        return loss(
+            combine(state.params, state.frozen),
+            (to_devices(batch, model.mesh) for batch in batches),
+            state.beside,
+        )
+
+    return evaluate
+
+
+def _schedule(options: RunOptions, goal: Goal) -> optax.Schedule:
+    """The learning rate by the steps of the loop that were made."""
+    schedule = make_schedule(options.optimiser, options.loop.num_steps * goal.updates)
+    return lambda step: schedule(step * goal.updates)
+
+
 def _state(
-    options: RunOptions, model: Decoder, params: Any, trained: Any
+    options: RunOptions, model: Decoder, params: Any, trained: Any, goal: Goal
 ) -> tuple[TrainState, optax.GradientTransformation]:
-    key, steps = jax.random.key(options.seed), options.loop.num_steps
+    key, steps = jax.random.key(options.seed), options.loop.num_steps * goal.updates
     if options.lora is not None:
         params = add_adapters(params, options.lora, key)
     shapes = parameter_shapes(model.config) if params is None else params
@@ -202,14 +238,18 @@ def _state(
 
 
 def _flops(options: RunOptions, config: ModelConfig, goal: Goal) -> float:
-    """Operations of a step that the mathematics asks for, on all devices together."""
+    """Operations of a step that the mathematics asks for, on all devices together.
+
+    Those of writing answers are not among them.
+    """
 
     def train(config: ModelConfig) -> float:
         data = options.data
         return sum(analytic_flops(config, "train", data.batch_size, data.length).values())
 
     # Of a step, a third is its forward pass.
-    return float(train(config) + sum(train(other) / 3 for other in goal.forward))
+    steps = goal.updates * train(config)
+    return float(steps + sum(train(other) / 3 for other in goal.forward))
 
 
 def _peak(options: RunOptions, model: Decoder) -> float | None:

@@ -6,6 +6,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.training.data import DataOptions
 from qwen_jax.training.distillation import DistillationOptions
+from qwen_jax.training.grpo import GrpoOptions
 from qwen_jax.training.loop import LoopOptions
 from qwen_jax.training.lora import LoraOptions
 from qwen_jax.training.optimisers import OptimiserOptions
@@ -15,7 +16,7 @@ from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.upcycle import UpcycleOptions
 
 # Each makes something else small than the next token's cross entropy.
-OBJECTIVES = ("preference", "distillation")
+OBJECTIVES = ("preference", "distillation", "grpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,11 @@ class RunOptions:
       lora: adapters to train in place of the parameters; None to train those.
       preference: learns which of two answers is better, of data in pairs; None for no such thing.
         The reference is the model that the run began with.
-      distillation: learns what a teacher predicts, of any data; None for no such thing. One of
-        these two at most; with neither, the next token is learned.
+      distillation: learns what a teacher predicts, of any data; None for no such thing.
+      grpo: learns from rewards of its own answers to prompts; None for no such thing. One of these
+        three at most; with none, the next token is learned. A step of the loop is then a rollout
+        with its updates, and evaluations are of one greedy answer to each prompt; they have no
+        loss, so that of checkpoints the newest stay alone.
       upcycle: makes a model with experts of the dense `model` first; None to leave it dense.
       changes: of the model's config; None for none.
       from_scratch: whether the parameters are drawn from `seed`.
@@ -91,6 +95,7 @@ class RunOptions:
     lora: LoraOptions | None = None
     preference: PreferenceOptions | None = None
     distillation: DistillationOptions | None = None
+    grpo: GrpoOptions | None = None
     upcycle: UpcycleOptions | None = None
     changes: ConfigChanges | None = None
     from_scratch: bool = False
@@ -119,6 +124,7 @@ class RunOptions:
         reasons = {
             ("lora", "from_scratch"): "adapters are beside weights that are learned",
             ("preference", "from_scratch"): "there is no model yet whose answers could be compared",
+            ("grpo", "from_scratch"): "there is no model yet that could answer",
             ("upcycle", "from_scratch"): "there is no dense model yet to cut experts of",
             ("lora", "upcycle"): "adapters belong to a checkpoint, and that one has no experts",
             ("lora", "changes"): "adapters belong to a checkpoint, and that one keeps its config",

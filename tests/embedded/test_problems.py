@@ -46,11 +46,13 @@ def test_each_step_follows_from_the_one_before(kind):
 
 def test_a_key_is_the_one_that_the_passage_gives():
     for problem in problems("look up"):
-        (who,) = set(re.findall(r"[A-Z][a-z]+", problem.steps[0])) - {"The"}
-        sentence = re.search(rf"The key of {who}'s \w+ is (\d+)\.", problem.question)
-        assert problem.answer == sentence[1]
-        assert problem.steps == (sentence[0],)
-        assert who in problem.question.split(".")[-1].replace("'s", "")
+        keys = re.findall(r"([A-Z][a-z]+)'s key is (\d+)\.", problem.question)
+        said = [f"{name}'s key is {key}." for name, key in keys]
+        who = keys[len(problem.steps) - 1][0]
+        assert list(problem.steps) == said[: len(problem.steps)]
+        assert who in re.split(r"\. ", problem.question)[-1]
+        assert problem.answer == dict(keys)[who]
+        assert len(dict(keys)) == len(keys)
 
 
 def test_lists_are_sorted_and_reversed():

@@ -27,6 +27,7 @@ FULL = {
     "lora": ("chats.jsonl",),
     "dpo": ("pairs.jsonl", "pairs.jsonl,lora"),
     "distil": ("chats.jsonl",),
+    "grpo": ("prompts.jsonl",),
     "upcycle": ("",),
 }
 TINY = {
@@ -54,15 +55,15 @@ def small(recipe, argument, num_steps=STEPS, **changes):
     loop = dataclasses.replace(
         options.loop, num_steps=num_steps, checkpoint_every=STEPS, eval_every=num_steps
     )
-    return dataclasses.replace(
+    options = dataclasses.replace(
         options,
         data=dataclasses.replace(options.data, **data),
         eval_data=dataclasses.replace(options.eval_data, **data),
         optimiser=optimiser,
         loop=loop,
         report=dataclasses.replace(options.report, every=1),
-        **changes,
     )
+    return dataclasses.replace(options, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_settings_are_accepted_at_full_size_and_small(recipe, argument):
     full = options_of(recipe, argument)
     words = [word for word in argument.split(",") if not word.endswith(".jsonl")]
     tiny = options_of(recipe, ",".join([*words, "small"]).lstrip(","))
-    for name in ("preference", "distillation", "upcycle", "lora", "changes"):
+    for name in ("preference", "distillation", "grpo", "upcycle", "lora", "changes"):
         assert (getattr(full, name) is None) == (getattr(tiny, name) is None)
     assert tiny.eval_data is not None
     assert tiny.data.batch_size * tiny.data.length <= 4096
@@ -210,6 +211,20 @@ def test_preferences_with_adapters_leave_an_adapter(trained):
     assert rows(workdir)[0][0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     tensors = safetensors.numpy.load_file(workdir / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in tensors)
+
+
+def test_rewards_raise_what_the_short_start_left(trained):
+    start = trained("grpo-start", "grpo", "start")
+    assert rows(start)[1][-1]["eval_tokens"] > 20
+    small_options = small("grpo", "small")
+    data = dataclasses.replace(small_options.data, batch_size=8)
+    workdir = trained("grpo", "grpo", "small", data=data)
+    training, _ = rows(workdir)
+    assert [row["step"] for row in training] == [1, 2]
+    assert all(0 <= row["reward"] <= 1 and row["answer_tokens"] > 0 for row in training)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval_prompts"] for line in lines if "eval_prompts" in line] == [4]
+    assert (workdir / "reward.png").exists()
 
 
 def test_wrong_answers_are_wrong_and_held_out_problems_are_not_trained_on():

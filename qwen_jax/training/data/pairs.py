@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
+from qwen_jax.training.data.form import Form
 from qwen_jax.training.data.indexed import is_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, finish, fit, padded
@@ -72,6 +73,9 @@ class PairSource:
         begins[0] |= begins[1] & TRUNCATED
         begins[1] &= ~np.uint8(BEGINS | TRUNCATED)
         return both
+
+
+PAIRS = Form(PairSource, 2, "pairs of answers have a row for each answer", "a pair takes two")
 
 
 def tokenise_pair(

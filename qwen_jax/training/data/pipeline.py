@@ -14,10 +14,10 @@ import grain
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
+from qwen_jax.training.data.form import Form, RowSource
 from qwen_jax.training.data.indexed import IndexedRecords, is_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions, TooLong
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, fit, pack, pad
-from qwen_jax.training.data.pairs import PairSource
 from qwen_jax.training.data.records import Records, open_records
 from qwen_jax.training.data.tokenise import Example, Kind, end_of_text_id, kind_of, tokenise
 
@@ -50,7 +50,8 @@ class Batches(grain.DatasetIterator):
     """Batches for `Batch(**batch)`, [rows, length], with a state that goes into a checkpoint.
 
     Each has `input_ids`, `loss_weights`, `attention_mask`, `positions` and `segment_ids`, as
-    `packing.finish` has them. The last batch of the last epoch is filled with rows of padding.
+    `packing.finish` has them; of a `Form` what it has. The last batch of the last epoch is filled
+    with rows of padding.
 
     Attributes:
       counts: of the batches so far; part of the state.
@@ -101,7 +102,7 @@ def make_loader(
     tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
-    pairs: bool = False,
+    form: Form | None = None,
 ) -> Batches:
     """The batches of one process, without end where `options.epochs` is None.
 
@@ -113,8 +114,8 @@ def make_loader(
       tokenizer: of the checkpoint.
       process_index: of this process.
       process_count: of all; a batch has `batch_size / process_count` rows here.
-      pairs: whether records are pairs of answers. Two rows are then a pair, and batches have an
-        axis more: [pairs, 2, length], the chosen answer first.
+      form: of records that are rows of their own: pairs of answers, of which batches are [pairs, 2,
+        length], the chosen answer first; or prompts, [prompts, length]. None for texts and chats.
 
     Raises:
       UserError: sources that cannot be read, or shared out among so many processes. While it runs,
@@ -125,10 +126,10 @@ def make_loader(
             f"batch_size = {options.batch_size} is not a multiple of the {process_count} processes"
         )
     here = options.batch_size // process_count
-    if pairs:
-        _check_pairs(options, here)
-        here //= 2
-    opened = PairSource if pairs else _open
+    if form is not None:
+        _check_form(options, here, form)
+        here //= form.rows
+    opened = _open if form is None else form.open
     sources = [opened(source, tokenizer, options) for source in options.sources]
     if options.sources[0].weight is None:
         streams = [_rows(sources, options, options.seed, process_index, process_count)]
@@ -151,13 +152,13 @@ def make_loader(
     return Batches(batches)
 
 
-def _check_pairs(options: DataOptions, rows: int) -> None:
+def _check_form(options: DataOptions, rows: int, form: Form) -> None:
     if options.pack:
-        raise UserError("pack = True: pairs of answers have a row for each answer; set it to False")
-    if rows % 2:
+        raise UserError(f"pack = True: {form.unpacked}; set it to False")
+    if rows % form.rows:
         raise UserError(
-            f"batch_size = {options.batch_size} leaves a process {rows} rows, and a pair takes "
-            "two; give an even number"
+            f"batch_size = {options.batch_size} leaves a process {rows} rows, and {form.takes}; "
+            f"give a multiple of {form.rows * (options.batch_size // rows)}"
         )
 
 
@@ -200,7 +201,7 @@ def _open(source: SourceOptions, tokenizer: Tokenizer, options: DataOptions) -> 
 
 
 def _rows(
-    sources: list[_Source] | list[PairSource],
+    sources: list[_Source] | list[RowSource],
     options: DataOptions,
     seed: int,
     process: int,
@@ -218,7 +219,7 @@ def _rows(
     examples = records.repeat(options.epochs)[process::processes].to_iter_dataset(
         grain.ReadOptions(options.threads, options.read_ahead if options.threads else 0)
     )
-    if isinstance(sources[0], PairSource):
+    if not isinstance(sources[0], _Source):
         return examples
     if not options.pack:
         return pad(examples, options.length)

@@ -149,6 +149,18 @@ def tokenise_chat(
       UserError: fields or messages that cannot be read so.
     """
     tools = parsed(record.fields, source.tools_field)
+    variables = template_variables(record)
+    ids = tokenizer.apply_chat_template(messages, tools or None, allow_special=False, **variables)
+    learned = learned_tokens(ids, messages, tokenizer, options, given)
+    return Example(record.name, np.array(ids, np.int32), learned)
+
+
+def template_variables(record: Record) -> dict[str, Any]:
+    """What a record gives its template beside messages and tools.
+
+    Raises:
+      UserError: fields that cannot be read so, or that a record cannot set.
+    """
     variables = record.fields.get("chat_template_kwargs")
     if variables is None:
         variables = {}
@@ -159,9 +171,7 @@ def tokenise_chat(
     for name in ("add_generation_prompt", "tokenize", "allow_special", "messages", "tools"):
         if name in variables:
             raise UserError(f"chat_template_kwargs: {name} cannot be set here; leave it out")
-    ids = tokenizer.apply_chat_template(messages, tools or None, allow_special=False, **variables)
-    learned = learned_tokens(ids, messages, tokenizer, options, given)
-    return Example(record.name, np.array(ids, np.int32), learned)
+    return variables
 
 
 def parsed(fields: dict[str, Any], name: str) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from qwen_jax.errors import UserError
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
+from qwen_jax.training.data.pairs import PAIRS
 from qwen_jax.training.data.pipeline import make_loader
 from tests.training.data.conftest import random_texts, write_lines
 
@@ -43,7 +44,7 @@ def load(tokenizer, tmp_path):
         path = write_lines(folder / "pairs.jsonl", rows)
         options = {"length": LENGTH, "batch_size": 6, "pack": False, "epochs": 1, **options}
         sources = (SourceOptions(path, too_long=too_long),)
-        loader = make_loader(DataOptions(sources, **options), tokenizer, *process, pairs=True)
+        loader = make_loader(DataOptions(sources, **options), tokenizer, *process, form=PAIRS)
         made.append(loader)
         return loader
 
