@@ -12,7 +12,7 @@ def test_the_demo_checks_the_model_and_shows_both_modes_and_a_call(run_tool):
     assert "(right)" in result.stdout
     assert "<think>" in result.stdout
     assert "assistant calls calculator: {'expression': '" in result.stdout
-    (rate,) = re.findall(r"then (\S+) tokens/s", result.stdout)
+    (rate,) = re.findall(r"once compiled: (\S+) tokens/s", result.stdout)
     assert float(rate) > 0
 
 
