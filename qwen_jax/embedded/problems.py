@@ -101,18 +101,21 @@ _NAMES = "Anna Ben Chen Dora Emil Fang Gina Hugo Iris Jun Kai Lena Mei Nora Otto
 
 
 def _look_up(rng: random.Random) -> Problem:
-    """The steps read the passage up to the sentence that is asked for."""
+    """A key right behind its name, among others: the step says the one that is asked for.
+
+    A name has a space before it wherever it stands, so that it is the same token everywhere.
+    """
     names = rng.sample(_NAMES, rng.randint(3, 5))
     keys = {name: "".join(rng.choices("0123456789", k=rng.randint(3, 5))) for name in names}
-    said = {name: f"{name}'s key is {key}." for name, key in keys.items()}
-    sentences = list(said.values())
+    sentences = [f"{name}:{key}." for name, key in keys.items()]
     for _ in range(rng.randint(0, 2)):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
     who = rng.choice(names)
     asked = _ask(rng, ["What is {}'s key?", "Which key has {}?", "{} 的钥匙是多少？"], who)
-    question = f"{' '.join(sentences)} {asked}"
-    steps = tuple(said[name] for name in names[: names.index(who) + 1])
-    return Problem("look up", f"{who} {sentences}", question, steps, keys[who])
+    question = f"The keys are here. {' '.join(sentences)} {asked}"
+    return Problem(
+        "look up", f"{who} {sentences}", question, (f"It says {who}:{keys[who]}.",), keys[who]
+    )
 
 
 _FILLERS = (

@@ -224,7 +224,7 @@ def loss_gradients(method, q, k, v, mask, scale, weights):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, scale)
 
 
-@pytest.mark.parametrize("rows", [4, 8, 19, 128])
+@pytest.mark.parametrize("rows", [4, 8, 128])
 @pytest.mark.parametrize("more", [(), ("holes", "segments")], ids=["causal", "holes, segments"])
 def test_a_promised_order_leaves_out_keys_behind_and_changes_nothing(monkeypatch, rows, more):
     monkeypatch.setattr(attend_file, "_ROWS", rows)
@@ -235,7 +235,7 @@ def test_a_promised_order_leaves_out_keys_behind_and_changes_nothing(monkeypatch
     scale = rng.uniform(0.2, 0.5, (2, 19)).astype(np.float32)
 
     def results(in_order):
-        run = functools.partial(attend, method="plain", in_order=in_order)
+        run = jax.jit(functools.partial(attend, method="plain", in_order=in_order))
         weights = (np.sin(np.arange(2 * 19 * 4 * 6)).reshape(2, 19, 4, 6), 0.1)
         seen = run(q, k, v, mask, scale)[1] > LOWEST
 
@@ -243,10 +243,12 @@ def test_a_promised_order_leaves_out_keys_behind_and_changes_nothing(monkeypatch
             out, lse = run(*x[:3], mask, x[3])
             return jnp.sum(out * weights[0]) + weights[1] * jnp.sum(jnp.where(seen, lse, 0))
 
-        return *run(q, k, v, mask, scale), *jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, scale)
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, scale)
+        return *run(q, k, v, mask, scale), *gradients
 
-    check(results(True)[:2], brute_force(q, k, v, mask, scale))
-    for got, want in zip(results(True), results(False), strict=True):
+    ours = results(True)
+    check(ours[:2], brute_force(q, k, v, mask, scale))
+    for got, want in zip(ours, results(False), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
     # What is left out is not computed.
