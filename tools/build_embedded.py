@@ -4,8 +4,7 @@
 
 It learns arithmetic of several digits, to read a key out of a passage, to sort and reverse short
 lists and some phrases between English and Chinese, each with thinking and without, and to call a
-calculator. WORKDIR/published is a checkpoint in Hugging Face's layout and bfloat16, which the
-package brings along as qwen_jax/embedded/model. A run that was interrupted goes on when it is
+calculator. WORKDIR/published is a checkpoint in Hugging Face's layout and bfloat16. A run that was interrupted goes on when it is
 started again.
 """
 

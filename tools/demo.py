@@ -2,8 +2,7 @@
 
     python -m tools.demo
 
-It is a Qwen3 of 1.9 M parameters, which `tools.build_embedded` trains in under 40 minutes. The
-problems that it is asked here are held out of its training.
+It is a Qwen3 of 1.9 M parameters. The problems that it is asked here are held out of its training.
 """
 
 import re
