@@ -113,6 +113,10 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
+        # A configuration's own refusal comes as the last line of a traceback within the message.
+        own = re.search(rf"{UserError.__module__}\.UserError: (.*)", str(error))
+        if own:
+            raise UserError(own[1].strip()) from None
         message = re.sub(r"^flag --(\w+)=None: .*", r"--\1 is needed", str(error), flags=re.DOTALL)
         raise UserError(f"{message}; see --help") from None
     except (LookupError, OSError) as error:  # Only --config raises these, of files and of fields.
