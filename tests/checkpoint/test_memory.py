@@ -60,7 +60,8 @@ samples.append(anonymous())
 done.set()
 thread.join()
 sizes = [leaf.nbytes for leaf in leaves]
-print(json.dumps([max(samples) - samples[0], sum(sizes), max(sizes, default=0), len(samples)]))
+measured = [max(samples) - samples[0], sum(sizes), max(sizes, default=0), len(samples)]
+print(json.dumps({"measured": measured}))
 """
 
 FIELDS = {
@@ -110,7 +111,8 @@ def write_checkpoint(directory, fields, fused=False):
 def start(*arguments):
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        # What is freed goes back at once, so that only what is held is measured.
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,8 +123,9 @@ def finish(child):
     """Peak above the start, bytes of all arrays and of the largest, and the number of samples."""
     out, errors = child.communicate()
     assert child.returncode == 0, errors
-    # Gloo greets on stdout.
-    return json.loads(out.splitlines()[-1])
+    # Gloo speaks on stdout too, before or after.
+    (line,) = (line for line in out.splitlines() if line.startswith("{"))
+    return json.loads(line)["measured"]
 
 
 @linux

@@ -19,7 +19,8 @@ from qwen_jax.nn.moe import Dispatch
 from qwen_jax.sharding.flops import analytic_flops, count_flops, extrapolate, seen_pairs
 from qwen_jax.training.layers import segments
 
-BLOCK = 512
+# Sides of blocks of scores: of attention block by block, and of plain attention in order.
+BLOCK, ROWS = 512, 128
 
 
 def model_of(preset, layers, **fields):
@@ -64,8 +65,12 @@ def traced(config, mode, batch, length, turns=None):
 
 
 def unseen_flops(config, mode, batch, length):
-    """What attention spends on keys that a query does not see, all pairs being multiplied."""
-    pairs = batch * (length**2 - seen_pairs("prefill", length))
+    """What attention spends on keys that a query does not see: it meets all up to its block's end.
+
+    A whole number of blocks.
+    """
+    blocks = length // ROWS
+    pairs = batch * (ROWS**2 * blocks * (blocks + 1) // 2 - seen_pairs("prefill", length))
     layers = sum(kind is not LayerKind.LINEAR_ATTENTION for kind in config.layer_types)
     flops = 4 * config.num_attention_heads * config.head_dim * pairs * layers
     return flops * {"train": 3, "prefill": 1, "decode": 0}[mode]
