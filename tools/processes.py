@@ -32,11 +32,12 @@ _HEARTBEAT_S = 60
 _START_S = 300
 
 
-def join(mesh: str | None) -> None:
+def join(mesh: str | None, flag: str = "--mesh") -> None:
     """Joins the processes that run this command, if there are several; then only one prints.
 
     Args:
       mesh: what the user asks the work to be spread over.
+      flag: by which users ask so.
 
     Raises:
       UserError: flags that are incomplete, processes that cannot be reached, or no mesh for them.
@@ -69,7 +70,7 @@ def join(mesh: str | None) -> None:
     if mesh is None:
         raise UserError(
             f"{count} processes run this, with {jax.device_count()} devices; give a mesh over "
-            f"all of them, such as --mesh=fsdp:{jax.device_count()}"
+            f"all of them, such as {flag}=fsdp:{jax.device_count()}"
         )
     if jax.process_index() > 0:
         # For as long as the process lives.

@@ -4,13 +4,16 @@
     python -m tools.train --config=configs/train/sft.py --workdir=runs/sft \\
         --config.loop.num_steps=2000 --config.mesh=fsdp:4
 
-The fields of the configuration are those of qwen_jax.training.run.RunOptions, and `preset` in place
-of `model` for the sizes of a published model with fresh parameters. WORKDIR gets the model, or the
-adapter, beside checkpoints, metrics.jsonl and loss.png. A run that was interrupted goes on from its
-newest checkpoint when it is started again; after SIGTERM it saves, leaves and exits with 143.
+The fields of the configuration are those of qwen_jax.training.run_options.RunOptions, and `preset`
+in place of `model` for the sizes of a published model with fresh parameters. WORKDIR gets the
+model, or the adapter, beside checkpoints, metrics.jsonl and loss.png. A run that was interrupted
+goes on from its newest checkpoint when it is started again; after SIGTERM it saves, leaves and
+exits with 143.
 
 Of several processes, on a TPU pod, under Slurm or told by flags, each runs this command.
 """
+
+import contextlib
 
 from absl import flags
 
@@ -32,15 +35,17 @@ def main() -> None:
     preset = config.get("preset")
     fields = {name: config[name] for name in config if name != "preset"}
     options = config_flag.from_config(fields, RunOptions, "config")
-    processes.join(options.mesh)
+    processes.join(options.mesh, "--config.mesh")
     import jax
 
-    model = None if preset is None else get_preset(preset)
+    model, more = None, None
+    if preset is not None:
+        model, more = get_preset(preset), {"preset": preset}
+    trace = contextlib.nullcontext()
     if _PROFILE.value:
-        with jax.profiler.trace(str(workdir / "profile")):
-            done = run(options, workdir, model)
-    else:
-        done = run(options, workdir, model)
+        trace = jax.profiler.trace(str(workdir / "profile"))
+    with trace:
+        done = run(options, workdir, model, more=more)
     command_line.leave_if_stopped(done, options.loop.num_steps)
 
 

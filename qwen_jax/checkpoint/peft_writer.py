@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen_jax.checkpoint import names
 from qwen_jax.checkpoint.peft_config import FILE
@@ -26,7 +28,7 @@ from qwen_jax.checkpoint.peft_names import (
 )
 from qwen_jax.checkpoint.reader import StoredTensor, in_memory
 from qwen_jax.checkpoint.regions import to_stored
-from qwen_jax.checkpoint.writer import new_directory, write_json, write_safetensors
+from qwen_jax.checkpoint.writer import gathered, new_directory, write_json, write_safetensors
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.nn.low_rank import LowRankWeight, low_rank_weights
@@ -45,7 +47,8 @@ def save_adapter(
     """Writes the adapter of `params` as a new directory that PEFT loads for transformers 5.
 
     Rank-stabilised scales are written as the plain alpha that amounts to the same. Experts are
-    written as `target_parameters`, as transformers 5 holds them.
+    written as `target_parameters`, as transformers 5 holds them. Of several processes all call
+    this, and the first writes.
 
     Args:
       directory: to create.
@@ -82,9 +85,11 @@ def save_adapter(
             module = PREFIX + _module(name, updates)
             tensors[f"{module}.lora_{part}.weight"] = in_memory(np.ascontiguousarray(values))
     content = _config_of(updates, known, config.moe is not None, base_name)
-    with new_directory(Path(directory).expanduser()) as partial:
-        write_json(partial / FILE, content)
-        write_safetensors(partial / WEIGHTS, tensors)
+    if jax.process_index() == 0:
+        with new_directory(Path(directory).expanduser()) as partial:
+            write_json(partial / FILE, content)
+            write_safetensors(partial / WEIGHTS, tensors)
+    multihost_utils.sync_global_devices(f"saved {directory}")
 
 
 def _module(name: str, updates: Mapping[str, Update]) -> str:
@@ -123,7 +128,7 @@ def _join(
 
 
 def _on_host(leaf: LowRankWeight) -> LowRankWeight:
-    a, b, scale = (np.asarray(part, np.float32) for part in (leaf.a, leaf.b, leaf.scale))
+    a, b, scale = (gathered(part).astype(np.float32) for part in (leaf.a, leaf.b, leaf.scale))
     return LowRankWeight(None, a, b, scale)
 
 

@@ -130,7 +130,7 @@ def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stor
         leaf = names.leaf_at(params, path)
 
         def read(index: Index = ()) -> np.ndarray:
-            return _gathered(leaf)[index]
+            return gathered(leaf)[index]
 
         return StoredTensor("/".join(path), None, leaf.shape, np.dtype(leaf.dtype), read)
 
@@ -138,8 +138,8 @@ def tensors_of(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stor
     return to_stored(regions, {region.path: tensor(region.path) for region in regions})
 
 
-def _gathered(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """All values, on this host."""
+def gathered(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """All values, on this host; of several processes all call this."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
     if not leaf.is_fully_addressable:

@@ -11,10 +11,8 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from qwen_jax.errors import UserError
-from qwen_jax.sharding.axes import Layout, num_shards
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.report import Reporter, Sink
@@ -34,7 +32,8 @@ class LoopOptions:
         of those at whose step there was an evaluation.
       eval_every: steps between evaluations; 0 for none.
       on_nonfinite: what follows a step whose loss or gradients are NaN or infinite, and which
-        changed nothing: "stop" the run with an error, or "skip" the batch.
+        changed nothing: "stop" the run with an error, or "skip" the batch, which counts as a step
+        of the run and not of the learning rate's schedule.
     """
 
     num_steps: int
@@ -97,12 +96,18 @@ def train(
     start = 0
     if checkpoints.steps:
         state, start = checkpoints.restore(state, data)
+    if start > options.num_steps:
+        raise UserError(
+            f"num_steps = {options.num_steps}, but the run has {start} steps already; give as many "
+            "or more, or another workdir"
+        )
     with contextlib.ExitStack() as stack:
         asked_to_stop = stack.enter_context(_stop_requests())
         sinks = open_sinks(start)
         for sink in sinks:
             stack.callback(sink.close)
         reporter = Reporter(sinks, every, flops, peak)
+        stack.callback(reporter.close)
         for number in range(start + 1, options.num_steps + 1):
             arrays = next(data, None)
             if arrays is None:
@@ -111,19 +116,25 @@ def train(
                     "(None for ever) or fewer steps"
                 )
             state, metrics = step(state, place(arrays))
-            rate = {} if schedule is None else {"learning_rate": float(schedule(number - 1))}
-            _check(reporter.step(number, metrics, **rate), options)
+            if schedule is not None:
+                metrics = {**metrics, "learning_rate": schedule(number - 1)}
+            _check(reporter.step(number, metrics), options)
             stopping, last = asked_to_stop(number), number == options.num_steps
-            figures = None
-            if evaluate and options.eval_every and (last or number % options.eval_every == 0):
-                figures = evaluate(state)
-                reporter.note(number, figures)
-            if stopping or last or number % options.checkpoint_every == 0:
+            evaluates = (
+                evaluate and options.eval_every and (last or number % options.eval_every == 0)
+            )
+            saves = stopping or last or number % options.checkpoint_every == 0
+            if evaluates or saves:
                 _check(reporter.flush(), options)
-                checkpoints.save(state, number, data, figures)
+                with reporter.paused():
+                    figures = evaluate(state) if evaluates else None
+                    if evaluates:
+                        reporter.note(number, figures)
+                    if saves:
+                        checkpoints.save(state, number, data, figures)
             if stopping:
                 return state, number
-    return state, max(start, options.num_steps)
+    return state, options.num_steps
 
 
 def _check(read: tuple[int, dict[str, float]] | None, options: LoopOptions) -> None:
@@ -135,33 +146,6 @@ def _check(read: tuple[int, dict[str, float]] | None, options: LoopOptions) -> N
         f"{row['grad_norm']:.4g}; the checkpoint before is whole. Lower the learning rate, look at "
         "the batch, or set loop.on_nonfinite to skip such steps"
     )
-
-
-def to_devices(arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> Batch:
-    """This process's rows as its part of a batch that lies on all of the mesh's devices.
-
-    Raises:
-      UserError: the rows of all processes do not divide by the mesh.
-    """
-    if jax.process_count() == 1:
-        return Batch(**arrays)
-    layout = Layout(mesh, frozenset({"length"}))
-    rows, shards = len(arrays["input_ids"]) * jax.process_count(), num_shards(mesh, "batch")
-    # Of a pair, both rows are on one device.
-    together = arrays["input_ids"].ndim - 1
-    if rows % shards:
-        raise UserError(
-            f"data.batch_size = {rows * together} does not divide by the mesh's {shards} parts of "
-            f"a batch; give a multiple of {shards * together}"
-        )
-
-    def spread(array: np.ndarray) -> jax.Array:
-        # Pairs have an axis of two between.
-        between = (None,) * (array.ndim - 2)
-        sharding = layout.sharding("batch", *between, "length")
-        return jax.make_array_from_process_local_data(sharding, array)
-
-    return Batch(**{name: spread(array) for name, array in arrays.items()})
 
 
 @contextlib.contextmanager

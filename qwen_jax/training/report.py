@@ -1,11 +1,12 @@
 """What a run tells of itself: a progress bar, lines of JSON, TensorBoard and W&B, and a curve."""
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from qwen_jax.sharding.chips import CHIPS
 from qwen_jax.training.objective import Metrics
 
 LOG, CURVE = "metrics.jsonl", "loss.png"
+# What Weights & Biases knows the run by.
+_WANDB_ID = "wandb_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ReportOptions:
     """Where a run's figures go, beside the progress bar and `metrics.jsonl`.
 
     Attributes:
-      every: steps that a line is the mean of.
+      every: steps that a line is the mean of; lines are at its multiples, and at the end.
       tensorboard: whether TensorBoard's files are written, to `WORKDIR/tensorboard`.
       wandb_project: of Weights & Biases; None for none.
       peak_flops: multiplications and additions that a device makes a second at most, in the dtype
@@ -58,6 +61,7 @@ class Reporter:
     """Collects the figures of steps and hands each line to the sinks.
 
     A step's figures are read while the next step runs, so that reading them does not hold it up.
+    What lies between two steps in `paused` is no part of their time.
     """
 
     def __init__(
@@ -77,24 +81,22 @@ class Reporter:
         """
         self._sinks, self._every = sinks, every
         self._flops, self._peak = flops, peak
-        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
+        self._pending: tuple[int, Metrics] | None = None
+        self._last = 0
         self._rows: list[dict[str, float]] = []
         self._since = time.monotonic()
 
-    def step(
-        self, number: int, metrics: Metrics, **more: float
-    ) -> tuple[int, dict[str, float]] | None:
+    def step(self, number: int, metrics: Metrics) -> tuple[int, dict[str, float]] | None:
         """Takes the figures of a step that has just been begun.
 
         Args:
           number: of updates, that one included.
           metrics: arrays of the step.
-          more: figures that are known already.
 
         Returns:
           Number and figures of the step before, which has ended; None where there is none.
         """
-        pending, self._pending = self._pending, (number, metrics, more)
+        pending, self._pending = self._pending, (number, metrics)
         return pending and self._read(*pending)
 
     def flush(self) -> tuple[int, dict[str, float]] | None:
@@ -102,34 +104,48 @@ class Reporter:
         pending, self._pending = self._pending, None
         return pending and self._read(*pending)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not a step, such as an evaluation."""
+        begun = time.monotonic()
+        yield
+        self._since += time.monotonic() - begun
+
+    def close(self) -> None:
+        """Writes a line of the steps behind the last one that was written."""
+        if self._rows:
+            self._write()
+
     def note(self, number: int, row: Mapping[str, float]) -> None:
         """Writes a line of other figures, such as an evaluation's."""
         for sink in self._sinks:
             sink.write(number, row)
 
-    def _read(
-        self, number: int, metrics: Metrics, more: dict[str, float]
-    ) -> tuple[int, dict[str, float]]:
+    def _read(self, number: int, metrics: Metrics) -> tuple[int, dict[str, float]]:
         metrics = jax.device_get(metrics)
         counts = metrics.pop("expert_counts", None)
-        row = {name: float(value) for name, value in metrics.items()} | more
+        row = {name: float(value) for name, value in metrics.items()}
         if counts is not None:
             # 1 where every layer uses its experts evenly, E where one expert has all tokens.
             row["busiest_expert"] = float(
                 (counts.max(axis=-1) / np.maximum(counts.mean(axis=-1), 1e-9)).max()
             )
         self._rows.append(row)
-        if len(self._rows) == self._every:
-            now = time.monotonic()
-            seconds, self._since = max(now - self._since, 1e-9), now
-            rows, self._rows = self._rows, []
-            line = {name: float(np.mean([row[name] for row in rows])) for name in row}
-            line["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
-            line["seconds_per_step"] = seconds / len(rows)
-            if self._flops is not None and self._peak is not None:
-                line["mfu"] = self._flops * len(rows) / seconds / self._peak
-            self.note(number, line)
+        self._last = number
+        if number % self._every == 0:
+            self._write()
         return number, row
+
+    def _write(self) -> None:
+        now = time.monotonic()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        rows, self._rows = self._rows, []
+        line = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        line["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+        line["seconds_per_step"] = seconds / len(rows)
+        if self._flops is not None and self._peak is not None:
+            line["mfu"] = self._flops * len(rows) / seconds / self._peak
+        self.note(self._last, line)
 
 
 class Lines:
@@ -216,10 +232,13 @@ class WeightsAndBiases:
             raise UserError(
                 "report.wandb_project needs wandb; install it (pip install wandb)"
             ) from None
+        path = workdir / _WANDB_ID
+        if not path.is_file():
+            path.write_text(uuid.uuid4().hex + "\n")
         self._run = wandb.init(
             project=project,
             dir=str(workdir),
-            id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
+            id=path.read_text().strip(),
             resume="allow",
             config=dict(settings),
         )

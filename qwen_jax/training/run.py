@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,26 @@ from jax.sharding import Mesh
 
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.peft_writer import save_adapter
-from qwen_jax.checkpoint.writer import copy_companions, save_pretrained
+from qwen_jax.checkpoint.writer import copy_companions, save_pretrained, write_json
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import load_config
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.pretrained import load_pretrained, load_tokenizer
+from qwen_jax.provenance import provenance
 from qwen_jax.sharding.axes import as_mesh, check_mesh
 from qwen_jax.sharding.flops import analytic_flops
-from qwen_jax.text import Tokenizer
+from qwen_jax.text import Tokenizer, check_vocabulary_fits
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.curves import REWARD_CURVE, draw_runs
 from qwen_jax.training.data.pipeline import make_loader
 from qwen_jax.training.goal import Goal, choose_goal
 from qwen_jax.training.grpo_step import make_grpo_evaluation, make_grpo_step
-from qwen_jax.training.loop import to_devices, train
+from qwen_jax.training.loop import train
 from qwen_jax.training.lora import add_adapters, is_adapter
 from qwen_jax.training.optimisers import make_optimiser, make_schedule
 from qwen_jax.training.partition import combine, partition
+from qwen_jax.training.placement import in_step, loader_share, to_devices
 from qwen_jax.training.report import draw_curve, known_peak, open_sinks
 from qwen_jax.training.run_options import RunOptions
 from qwen_jax.training.train_step import (
@@ -43,6 +45,7 @@ from qwen_jax.training.train_step import (
 from qwen_jax.training.upcycle import upcycle
 
 SETTINGS, MODEL, ADAPTER = "run.json", "model", "adapter"
+_PROVENANCE = "provenance.json"
 # What may change where a run goes on: how long it is, where it runs, what is told of it.
 _FREE = ("loop", "report", "mesh")
 
@@ -52,17 +55,20 @@ def run(
     workdir: Path,
     config: ModelConfig | None = None,
     tell: Callable[[str], None] = print,
+    more: Mapping[str, Any] | None = None,
 ) -> int:
     """Trains, from the newest checkpoint in `workdir` if there is one.
 
     At the end `workdir` holds `model/` in Hugging Face's layout, or `adapter/` in PEFT's, beside
-    `checkpoints/`, `metrics.jsonl`, `loss.png`, of GRPO `reward.png`, and `run.json`.
+    `checkpoints/`, `metrics.jsonl`, `loss.png`, of GRPO `reward.png`, `run.json` with the settings
+    and `provenance.json` with the versions and the device.
 
     Args:
       options: of the run.
       workdir: its directory, which all processes see.
       config: of the model, in place of `options.model`'s; needs `from_scratch`.
       tell: takes lines for people.
+      more: settings that are not among the options and decide the run too, for `run.json`.
 
     Returns:
       The steps that were made; fewer than asked for where the run was told to stop.
@@ -72,12 +78,12 @@ def run(
     """
     if config is not None and not options.from_scratch:
         raise UserError("from_scratch is not set: sizes alone have no parameters to go on from")
-    _settle(options, workdir)
+    _settle(options, workdir, more or {})
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     model, params = _begin(options, config)
-    process, processes = jax.process_index(), jax.process_count()
+    check_vocabulary_fits(tokenizer, model.config.vocab_size)
     goal = choose_goal(options, model, params, tokenizer)
-    data = make_loader(options.data, tokenizer, process, processes, goal.form)
+    data = make_loader(options.data, tokenizer, *loader_share(model.mesh), goal.form)
     trained = None if options.lora is None else is_adapter
     state, optimiser = _state(options, model, params, trained, goal)
     state = state.replace(beside=goal.beside)
@@ -113,38 +119,40 @@ def run(
             peak=_peak(options, model),
             every=options.report.every,
         )
-    if jax.process_index() == 0:
-        draw_curve(workdir)
-        if options.grpo is not None:
-            draw_runs([workdir], "reward", workdir / REWARD_CURVE)
     target = workdir / (MODEL if options.lora is None else ADAPTER)
     if done == options.loop.num_steps and (done > start or not target.exists()):
         _export(options, target, model, state)
         tell(f"written: {target}")
+    if jax.process_index() == 0 and done > start:
+        draw_curve(workdir)
+        if options.grpo is not None:
+            draw_runs([workdir], "reward", workdir / REWARD_CURVE)
     return done
 
 
-def _settle(options: RunOptions, workdir: Path) -> None:
-    """Writes `run.json`; checks that a run that goes on is the same run."""
+def _settle(options: RunOptions, workdir: Path, more: Mapping[str, Any]) -> None:
+    """Writes the settings; checks that a run that goes on is the same run."""
     path = workdir / SETTINGS
-    goes_on = any((workdir / "checkpoints").glob("[0-9]*"))
-    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    wanted = json.loads(json.dumps({**dataclasses.asdict(options), **more}))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        goes_on = any((workdir / "checkpoints").glob("[0-9]*"))
         before = json.loads(path.read_text()) if goes_on else wanted
+        old, new = _flat(before), _flat(wanted)
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name) and not name.startswith(_FREE):
+                raise UserError(
+                    f"{path}: the run was begun with {name} = {old.get(name)}, not "
+                    f"{new.get(name)}; set it back or give another workdir"
+                )
+        if jax.process_index() == 0:
+            made_with = provenance(options.step.dtype, wanted)
+            for target, content in ((path, wanted), (workdir / _PROVENANCE, made_with)):
+                temporary = target.with_suffix(".tmp")
+                write_json(temporary, content)
+                temporary.replace(target)
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be used ({error})") from None
-    for name, value in _flat(wanted).items():
-        old = _flat(before).get(name)
-        if goes_on and old != value and not name.startswith(_FREE):
-            raise UserError(
-                f"{path}: the run was begun with {name} = {old}, not {value}; set it back or give "
-                "another workdir"
-            )
-    if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n")
-        temporary.replace(path)
 
 
 def _flat(settings: Any, place: str = "") -> dict[str, Any]:
@@ -197,16 +205,14 @@ def _evaluation(
     data = options.eval_data
     if data is None:
         return None
-    process, processes = jax.process_index(), jax.process_count()
+    share = loader_share(model.mesh)
     if options.grpo is not None:
         answer = make_grpo_evaluation(model, tokenizer, data, options.grpo, options.step.dtype)
-        return lambda state: answer(
-            state, make_loader(data, tokenizer, process, processes, goal.eval_form)
-        )
+        return lambda state: answer(state, make_loader(data, tokenizer, *share, goal.eval_form))
     loss = make_evaluation(model, options.step, goal.objective)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        batches = make_loader(data, tokenizer, process, processes, goal.eval_form)
+        batches = in_step(make_loader(data, tokenizer, *share, goal.eval_form))
         return loss(
             combine(state.params, state.frozen),
             (to_devices(batch, model.mesh) for batch in batches),

@@ -105,6 +105,8 @@ class RunOptions:
     seed: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} must be at least 0 and less than 2**32")
         if self.model is None and not self.from_scratch:
             raise UserError("model is missing; name a checkpoint, or set from_scratch")
         if self.model is None and self.tokenizer is None:

@@ -37,7 +37,7 @@ def test_a_line_is_the_mean_of_its_steps_and_mfu_is_work_by_time_by_peak(monkeyp
     reporter = Reporter([kept], every=2, flops=100.0, peak=1000.0)
     losses = [4.0, 2.0, 1.0, 5.0]
     for number, loss in enumerate(losses, 1):
-        read = reporter.step(number, metrics(loss), learning_rate=0.1 * number)
+        read = reporter.step(number, metrics(loss, learning_rate=0.1 * number))
         # What is read is the step before.
         assert (read is None) == (number == 1)
         if read is not None:
@@ -51,6 +51,24 @@ def test_a_line_is_the_mean_of_its_steps_and_mfu_is_work_by_time_by_peak(monkeyp
     np.testing.assert_allclose([one["learning_rate"], two["learning_rate"]], [0.15, 0.35])
     np.testing.assert_allclose([one["tokens_per_second"], two["tokens_per_second"]], [5, 20 / 6])
     np.testing.assert_allclose([one["mfu"], two["mfu"]], [200 / 4 / 1000, 200 / 6 / 1000])
+
+
+def test_lines_are_at_multiples_and_at_the_end_and_pauses_do_not_count(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    kept = Kept()
+    reporter = Reporter([kept], every=3)
+    for number in range(5, 9):
+        reporter.step(number, metrics(float(number)))
+        now[0] += 2
+    with reporter.paused():
+        now[0] += 100
+    reporter.flush()
+    reporter.close()
+    reporter.close()
+    assert [(step, row["loss"]) for step, row in kept.rows] == [(6, 5.5), (8, 7.5)]
+    # Step 6 is read when 7 begins, after 4 s; 8 behind the pause, 4 s later.
+    assert [row["seconds_per_step"] for _, row in kept.rows] == [2, 2]
 
 
 def test_of_experts_the_busiest_is_told():
