@@ -59,12 +59,12 @@ def get_config(argument: str = "prompts.jsonl") -> ConfigDict:
                 clip_high=0.28,
             ),
             optimiser=OptimiserOptions(
-                learning_rate=3e-4, schedule="constant", warmup_steps=5, weight_decay=0.0
+                learning_rate=2e-4, schedule="constant", warmup_steps=5, weight_decay=0.0
             ),
             step=SMALL_STEP,
             loop=LoopOptions(num_steps=150, checkpoint_every=50, eval_every=25),
             report=ReportOptions(),
-            **small_data({"questions": None}, length=64, batch_size=64, pack=False),
+            **small_data({"questions": None}, length=64, batch_size=128, pack=False),
         )
     return recipe(
         model="Qwen/Qwen3-0.6B",
@@ -95,13 +95,13 @@ def _start() -> ConfigDict:
             name="muon",
             learning_rate=4e-3,
             schedule="wsd",
-            warmup_steps=20,
-            decay_steps=50,
+            warmup_steps=10,
+            decay_steps=14,
             weight_decay=0.05,
             b2=0.98,
         ),
         step=dataclasses.replace(SMALL_STEP, block_size=4096),
-        loop=LoopOptions(num_steps=200, checkpoint_every=100, eval_every=100),
+        loop=LoopOptions(num_steps=55, checkpoint_every=55, eval_every=55),
         report=ReportOptions(every=10),
         **small_data({"short_chats": None}, length=128, batch_size=16),
     )
