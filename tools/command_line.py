@@ -47,6 +47,8 @@ def run(main: Callable[[], None], alone: bool = True) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            sys.exit(f"{error.filename}: cannot be used ({error.strerror}); give another path")
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         # What is still to be written has nowhere to go; Python must not try once more at exit.

@@ -19,7 +19,7 @@ SMALL_STEP = TrainOptions(dtype="float32", scan=False, remat="none", block_size=
 
 
 def recipe(**fields: Any) -> ConfigDict:
-    """Settings of a run; parts are dataclasses. What is not given is there as its default."""
+    """Settings of a run; parts are dataclasses. What users mostly add is there as its default."""
     fields = {
         "mesh": None,
         "seed": 0,

@@ -136,7 +136,7 @@ def build(workdir: Path, problems: int, num_steps: int, seed: int = 0) -> int:
         data=at(options.data, _TRAINED),
         eval_data=at(options.eval_data, _HELD_OUT),
     )
-    done = run(options, workdir)
+    done = run(options, workdir, more={"problems": problems})
     published = workdir / "published"
     if done == num_steps:
         shutil.rmtree(published, ignore_errors=True)

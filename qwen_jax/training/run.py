@@ -152,7 +152,8 @@ def _settle(options: RunOptions, workdir: Path, more: Mapping[str, Any]) -> None
                 write_json(temporary, content)
                 temporary.replace(target)
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be used ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be used ({reason}); give another workdir") from None
 
 
 def _flat(settings: Any, place: str = "") -> dict[str, Any]:
