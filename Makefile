@@ -29,7 +29,7 @@ lint: $(VENV)/dev
 
 # A file's tests share what they compile, so they stay in one process.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=30
 
 test-slow: $(VENV)/dev
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow

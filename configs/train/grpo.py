@@ -6,8 +6,8 @@
 "..."}], "answer": "42"}. Each prompt is answered `grpo.group_size` times by the model as it is;
 what stands behind the thinking is compared with `answer`, and thinking that ends has a tenth more.
 `data.batch_size` counts answers, `data.length` holds prompt and answer. Made for one device of
-80 GB; spread over several of one process with --config.mesh=fsdp:4, in parts with
---config.step.microbatches=8. `reward` should rise within a hundred steps; where `no_signal` is near
+80 GB; spread over several of one process with --config.mesh=fsdp:4; a step runs in
+16 parts, --config.step.microbatches. `reward` should rise within a hundred steps; where `no_signal` is near
 1 the problems are too easy or too hard, where `cut_share` is high, give `grpo.max_new_tokens` more,
 and where `entropy` falls to 0 raise `grpo.clip_high`. --config.grpo.kl=0.04 holds the model near
 where it began.
@@ -22,10 +22,12 @@ start, then GRPO once for each seed, and a picture of all:
         --metric=reward --smooth=9 --output=runs/small/grpo.png
 
 Other seeds are --config.seed=1 --config.data.seed=1 and so on: they set what is drawn and the order
-of the prompts, not the start. `reward` is the share of right answers among those drawn, and
-`eval_reward` that of the most likely answers to problems held out; both should rise from what the
-start left. Where `no_signal` is near 1 from the beginning, the start was too short or too long:
---config.loop.num_steps.
+of the prompts, not the start. Lists of three to six words are to be reversed. `reward`, the share
+of right answers among those drawn, rose from 0.60 to 0.88 over seeds 0, 1 and 2 (means of the first
+and the last 15 of 150 steps; 0.59 to 0.61 and 0.87 to 0.88), about three minutes each;
+`eval_reward`, of the most likely answers to lists held out, was near 1 all the way. configs/train/
+grpo.png is that picture. Where `no_signal` is near 1 from the beginning, the start was too short or
+too long: --config.loop.num_steps.
 """
 
 import dataclasses
