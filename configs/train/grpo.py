@@ -6,9 +6,9 @@
 "..."}], "answer": "42"}. Each prompt is answered `grpo.group_size` times by the model as it is;
 what stands behind the thinking is compared with `answer`, and thinking that ends has a tenth more.
 `data.batch_size` counts answers, `data.length` holds prompt and answer. Made for one device of
-80 GB; spread over several of one process with --config.mesh=fsdp:4; a step runs in
-16 parts, --config.step.microbatches. `reward` should rise within a hundred steps; where `no_signal` is near
-1 the problems are too easy or too hard, where `cut_share` is high, give `grpo.max_new_tokens` more,
+80 GB; spread over several of one process with --config.mesh=fsdp:4; a step runs in 16 parts,
+--config.step.microbatches. `reward` should rise within a hundred steps; where `no_signal` is near 1
+the problems are too easy or too hard, where `cut_share` is high, give `grpo.max_new_tokens` more,
 and where `entropy` falls to 0 raise `grpo.clip_high`. --config.grpo.kl=0.04 holds the model near
 where it began.
 
