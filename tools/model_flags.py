@@ -13,7 +13,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config
 from qwen_jax.hf_rope import parse_rope_flag
 from qwen_jax.inference.checks import check_writes_text
-from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
+from qwen_jax.inference.defaults import (
+    GenerationDefaults,
+    load_generation_defaults,
+    stop_ids_of,
+)
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.text import Tokenizer
 from tools import mesh_flag, weights_flag
@@ -77,7 +81,7 @@ def load_model() -> LoadedModel:
     # Of some embedders only the tensors tell.
     _check_writes_text(directory, model.config)
     weights_flag.report_memory(directory, params)
-    stop_ids = _stop_ids(defaults, tokenizer, model)
+    stop_ids = stop_ids_of(defaults, model.config, tokenizer)
     return LoadedModel(directory, model, params, tokenizer, defaults, stop_ids)
 
 
@@ -86,14 +90,3 @@ def _check_writes_text(directory: Path, config: ModelConfig) -> None:
         check_writes_text(config)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-
-
-def _stop_ids(
-    defaults: GenerationDefaults, tokenizer: Tokenizer, model: Decoder
-) -> tuple[int, ...]:
-    """The file's; else config.json's and the tokenizer's own. With those of the chat format."""
-    ids = defaults.stop_ids
-    if ids is None:
-        ids = (*model.config.eos_token_ids, tokenizer.eos_token_id)
-    ids = (*ids, *map(tokenizer.added_tokens.get, defaults.stop_tokens))
-    return tuple(i for i in dict.fromkeys(ids) if i is not None)

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.json_fields import Fields, read_json_object
+from qwen_jax.text import Tokenizer
 
 # Identity, and settings of other decoders' caches and batches; none changes the text.
 _INERT = frozenset(
@@ -75,6 +77,21 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         if not (name in _INERT or value in (None, False, [], {}, 0) or value == _OFF.get(name)):
             raise fields.refuse(name, value, "remove it from the file to go without")
     return defaults
+
+
+def stop_ids_of(
+    defaults: GenerationDefaults, config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """The ids that end a text of a checkpoint.
+
+    They are generation_config.json's; where that names none, config.json's and the tokenizer's own.
+    With those of the chat format.
+    """
+    ids = defaults.stop_ids
+    if ids is None:
+        ids = (*config.eos_token_ids, tokenizer.eos_token_id)
+    ids = (*ids, *map(tokenizer.added_tokens.get, defaults.stop_tokens))
+    return tuple(i for i in dict.fromkeys(ids) if i is not None)
 
 
 # What ends a text in each format of chats; in the plain one, the eos alone.

@@ -1,8 +1,12 @@
 """What a step learns from: tokens in rows, and what each of them is to predict."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from qwen_jax.errors import UserError
 
 
 @flax.struct.dataclass
@@ -26,6 +30,28 @@ class Batch:
     attention_mask: jax.Array | None = None
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
+
+
+def in_parts(batch: Any, count: int) -> Any:
+    """A batch's rows as `count` parts along a leading axis, of any arrays [B, ...].
+
+    Every `count`-th row goes to a part, so that a device's rows stay its own.
+
+    Raises:
+      UserError: the parts would not be of one size.
+    """
+    check_parts(len(jax.tree.leaves(batch)[0]), count)
+    return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+
+
+def check_parts(rows: int, count: int) -> None:
+    """Checks that so many rows divide into as many parts.
+
+    Raises:
+      UserError: they do not.
+    """
+    if rows % count:
+        raise UserError(f"microbatches = {count} do not divide the batch's {rows} rows")
 
 
 def targets_of(batch: Batch, count: int) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -4,7 +4,6 @@ import dataclasses
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from qwen_jax.config import HeadKind, ModelConfig
 from qwen_jax.errors import UserError
@@ -18,12 +17,10 @@ from qwen_jax.training.layers import Params
 from qwen_jax.training.objective import (
     Metrics,
     Objective,
-    check_no_token_losses,
-    router_ahead,
+    ahead_of,
     router_loss,
     router_metrics,
     share,
-    sum_parts,
 )
 from qwen_jax.training.step_options import TrainOptions
 
@@ -73,10 +70,10 @@ class DistillationSums:
     """
 
     weights: jax.Array
-    total: jax.Array
-    kl: jax.Array
-    cross_entropy: jax.Array
-    router: RouterSums | None
+    total: jax.Array | float = 0.0
+    kl: jax.Array | float = 0.0
+    cross_entropy: jax.Array | float = 0.0
+    router: RouterSums | None = None
 
 
 def distillation(options: DistillationOptions, teacher: Decoder) -> Objective:
@@ -94,7 +91,6 @@ def distillation(options: DistillationOptions, teacher: Decoder) -> Objective:
         whole: DistillationSums | None = None,
         beside: dict[str, Params] | None = None,
     ) -> tuple[jax.Array, DistillationSums]:
-        check_no_token_losses(model, step)
         check_teacher(model.config, teacher.config)
         step = dataclasses.replace(step, mtp_loss=0.0)
         taught = dataclasses.replace(step, dtype=options.dtype)
@@ -125,7 +121,7 @@ def distillation(options: DistillationOptions, teacher: Decoder) -> Objective:
         mean = share(total, whole.weights)
         return mean + router_loss(model, router, step, whole.router), sums
 
-    return Objective(loss, _ahead, _metrics)
+    return Objective(loss, ahead_of(_count), _metrics)
 
 
 def check_teacher(config: ModelConfig, teacher: ModelConfig) -> None:
@@ -143,21 +139,8 @@ def check_teacher(config: ModelConfig, teacher: ModelConfig) -> None:
         )
 
 
-def _ahead(
-    model: Decoder,
-    params: Params,
-    parts: Batch,
-    step: TrainOptions,
-    beside: dict[str, Params] | None = None,
-) -> DistillationSums:
-    step = dataclasses.replace(step, mtp_loss=0.0)
-    params = as_computed(model, params, step)
-
-    def part_sums(batch: Batch) -> DistillationSums:
-        weights, zero = targets_of(batch, 1)[1][0].sum(), jnp.zeros(())
-        return DistillationSums(weights, zero, zero, zero, router_ahead(model, params, batch, step))
-
-    return sum_parts(part_sums, parts)
+def _count(batch: Batch) -> DistillationSums:
+    return DistillationSums(targets_of(batch, 1)[1][0].sum())
 
 
 def _metrics(sums: DistillationSums, step: TrainOptions) -> Metrics:

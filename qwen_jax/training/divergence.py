@@ -12,15 +12,12 @@ import jax.numpy as jnp
 from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
 from qwen_jax.training.vocabulary import (
     HEAD,
-    back_through_logits,
-    in_blocks,
     is_target,
     log_denominator,
     logits_of,
-    mesh_axes,
     of_targets,
-    reduce_gradients,
     sum_vocabulary,
+    weighted_sums,
 )
 
 
@@ -95,9 +92,7 @@ def _run(
     """The three sums, and with gradients those of the first: float32 [B, T, D] and [V, D]."""
 
     def shard(x, head, teacher_x, teacher_head, targets, weights):
-        def body(carry, block):
-            sums, dhead = carry
-            x, teacher_x, targets, weights = block
+        def block(x, teacher_x, targets):
             logits = logits_of(x, head)
             log_z = log_denominator(logits, layout)
             entropy = log_z - of_targets(logits, targets, layout)
@@ -107,23 +102,22 @@ def _run(
             wanted -= log_denominator(wanted, layout)[:, None]
             p = jnp.exp(wanted)
             kl = sum_vocabulary(p * (wanted - soft), layout)
-            total = mix * temperature**2 * kl + (1 - mix) * entropy
-            terms = jnp.stack([total, kl, entropy])
-            sums += jnp.where(weights != 0, weights * terms, 0).sum(axis=1)
-            if not gradients:
-                return (sums, dhead), None
             dlogits = mix * temperature * (jnp.exp(soft) - p)
             if mix != 1:
                 hit = is_target(targets, len(head), layout)
                 dlogits += (1 - mix) * (jnp.exp(logits - log_z[:, None]) - hit)
-            dx, more = back_through_logits(weights[:, None] * dlogits, x, head)
-            return (sums, dhead + more), dx
+            return (mix * temperature**2 * kl + (1 - mix) * entropy, kl, entropy), dlogits
 
-        dhead = jnp.zeros(head.shape, jnp.float32) if gradients else None
-        start, arrays = (jnp.zeros(3, jnp.float32), dhead), (x, teacher_x, targets, weights)
-        (sums, dhead), dx = in_blocks(body, start, arrays, block_size)
-        sums = tuple(jax.lax.psum(sums, mesh_axes(layout, *TOKENS)))
-        return (*sums, *reduce_gradients(dx, dhead, layout)) if gradients else sums
+        return weighted_sums(
+            block,
+            x,
+            head,
+            (teacher_x, targets),
+            weights,
+            block_size=block_size,
+            layout=layout,
+            gradients=gradients,
+        )
 
     made = (HIDDEN, ("vocabulary", "hidden")) if gradients else ()
     return on_shards(

@@ -23,9 +23,9 @@ from qwen_jax.training.distillation import (
     distillation,
 )
 from qwen_jax.training.grpo import grpo
-from qwen_jax.training.objective import NEXT_TOKEN, Objective
+from qwen_jax.training.objective import NEXT_TOKEN, Objective, check_no_token_losses
 from qwen_jax.training.preference import REFERENCE, preference
-from qwen_jax.training.run_options import RunOptions
+from qwen_jax.training.run_options import OBJECTIVES, RunOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,12 @@ def choose_goal(options: RunOptions, model: Decoder, params: Any, tokenizer: Tok
       tokenizer: of the run's data.
 
     Raises:
-      UserError: a teacher that cannot be loaded, or that has another vocabulary.
+      UserError: losses that the objective has not; a teacher that cannot be loaded, or that has
+        another vocabulary.
     """
+    if any(getattr(options, name) is not None for name in OBJECTIVES):
+        # Before a teacher is loaded or a reference copied.
+        check_no_token_losses(model, options.step)
     if options.preference is not None:
         beside = _reference(options, params)
         return Goal(preference(options.preference), beside, (model.config,), PAIRS, PAIRS)

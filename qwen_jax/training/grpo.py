@@ -17,18 +17,15 @@ from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
-from qwen_jax.training.forward import as_computed
 from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
     Metrics,
     Objective,
-    check_no_token_losses,
-    router_ahead,
+    ahead_of,
     router_loss,
     router_metrics,
     share,
-    sum_parts,
 )
 from qwen_jax.training.rewards import RewardOptions
 from qwen_jax.training.step_options import TrainOptions
@@ -146,12 +143,12 @@ class GrpoSums:
 
     answers: jax.Array
     tokens: jax.Array
-    by_token: jax.Array
-    by_answer: jax.Array
-    kl: jax.Array
-    clipped: jax.Array
-    surprise: jax.Array
-    router: RouterSums | None
+    by_token: jax.Array | float = 0.0
+    by_answer: jax.Array | float = 0.0
+    kl: jax.Array | float = 0.0
+    clipped: jax.Array | float = 0.0
+    surprise: jax.Array | float = 0.0
+    router: RouterSums | None = None
 
 
 def advantages_of(rewards: np.ndarray, normalise: bool = True) -> np.ndarray:
@@ -219,7 +216,6 @@ def grpo(options: GrpoOptions) -> Objective:
         whole: GrpoSums | None = None,
         beside: None = None,
     ) -> tuple[jax.Array, GrpoSums]:
-        check_no_token_losses(model, step)
         if options.kl and answers.reference is None:
             raise ValueError("give the reference's log-probabilities: kl is not 0")
         ours = score(model, params, answers.batch, step, options.temperature)
@@ -263,7 +259,7 @@ def grpo(options: GrpoOptions) -> Objective:
             found["kl"] = share(sums.kl, sums.tokens)
         return found | router_metrics(sums.router, step)
 
-    return Objective(loss, _ahead, metrics)
+    return Objective(loss, ahead_of(_count, lambda answers: answers.batch), metrics)
 
 
 def _mean(sums: GrpoSums, whole: GrpoSums, options: GrpoOptions) -> jax.Array:
@@ -276,23 +272,8 @@ def _mean(sums: GrpoSums, whole: GrpoSums, options: GrpoOptions) -> jax.Array:
             return share(sums.by_token, whole.answers * options.max_new_tokens)
 
 
-def _ahead(
-    model: Decoder, params: Params, parts: Answers, step: TrainOptions, beside: None = None
-) -> GrpoSums:
-    params = as_computed(model, params, step)
-
-    def part_sums(answers: Answers) -> GrpoSums:
-        counts = (targets_of(answers.batch, 1)[1][0] > 0).sum(axis=-1)
-        zero = jnp.zeros(())
-        return GrpoSums(
-            answers=(counts > 0).sum(dtype=jnp.float32),
-            tokens=counts.sum(dtype=jnp.float32),
-            by_token=zero,
-            by_answer=zero,
-            kl=zero,
-            clipped=zero,
-            surprise=zero,
-            router=router_ahead(model, params, answers.batch, step),
-        )
-
-    return sum_parts(part_sums, parts)
+def _count(answers: Answers) -> GrpoSums:
+    counts = (targets_of(answers.batch, 1)[1][0] > 0).sum(axis=-1)
+    return GrpoSums(
+        answers=(counts > 0).sum(dtype=jnp.float32), tokens=counts.sum(dtype=jnp.float32)
+    )

@@ -6,7 +6,7 @@ updates that were made, so that a run that goes on draws what it would have draw
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,23 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.errors import UserError
+from qwen_jax.inference.defaults import GenerationDefaults, stop_ids_of
 from qwen_jax.models.decoder import Decoder
-from qwen_jax.nn.low_rank import detach
 from qwen_jax.text import Tokenizer
-from qwen_jax.training.batch import Batch
+from qwen_jax.training.batch import Batch, check_parts, in_parts
 from qwen_jax.training.data.options import DataOptions
 from qwen_jax.training.data.prompts import PromptRecords
-from qwen_jax.training.grpo import Answers, GrpoOptions
+from qwen_jax.training.grpo import GrpoOptions
 from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.partition import combine
-from qwen_jax.training.preference import REFERENCE
+from qwen_jax.training.preference import reference_of
 from qwen_jax.training.rollouts import (
     Rollout,
     figures_of,
     read_prompts,
     roll_out,
-    stop_ids_of,
     to_learn,
 )
 from qwen_jax.training.step_options import TrainOptions
@@ -38,10 +37,11 @@ from qwen_jax.training.train_step import TrainState, TrainStep
 
 Arrays = Mapping[str, np.ndarray]
 Figures = dict[str, Any]
+_NO_DEFAULTS = GenerationDefaults()
 
 
-def check_rollouts(model: Decoder, tokenizer: Tokenizer) -> None:
-    """Checks that answers can be written while a model trains.
+def check_rollouts(model: Decoder, stop_ids: Collection[int]) -> None:
+    """Checks that answers can be written while a model trains, and end with one of `stop_ids`.
 
     Raises:
       UserError: they cannot, or would not be what is learned.
@@ -57,7 +57,11 @@ def check_rollouts(model: Decoder, tokenizer: Tokenizer) -> None:
             "probability while it is written is not that in the finished text; set changes or "
             "take another model"
         )
-    stop_ids_of(model, tokenizer)
+    if not stop_ids:
+        raise UserError(
+            "neither the model's config.json nor its tokenizer names an eos token, so that no "
+            "answer ends; name one as eos_token in tokenizer_config.json"
+        )
 
 
 def make_grpo_step(
@@ -68,6 +72,7 @@ def make_grpo_step(
     options: GrpoOptions,
     step_options: TrainOptions,
     seed: int,
+    defaults: GenerationDefaults = _NO_DEFAULTS,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Figures]]:
     """A function of (state, prompts) that makes `options.updates` updates of rollouts.
 
@@ -88,16 +93,22 @@ def make_grpo_step(
       options: of the answers.
       step_options: of the step.
       seed: of the draws.
+      defaults: of the checkpoint's generation_config.json, for what ends an answer.
 
     Raises:
-      UserError: answers cannot be written here, see `check_rollouts`.
+      UserError: answers cannot be written here, see `check_rollouts`; or a batch of them does not
+        divide into the step's parts.
     """
-    check_rollouts(model, tokenizer)
+    stop_ids = stop_ids_of(defaults, model.config, tokenizer)
+    check_rollouts(model, stop_ids)
+    check_parts(data.batch_size, step_options.microbatches)
     records = PromptRecords(data)
     score_all = _scorer(model, step_options, options.temperature)
 
     def run(state: TrainState, arrays: Arrays) -> tuple[TrainState, Figures]:
         started = time.monotonic()
+        params = combine(state.params, state.frozen)
+        reference = reference_of(params, state.beside) if options.kl else None
         prompts, own = read_prompts(arrays, records)
         number = int(state.step)
         rollout = roll_out(
@@ -107,12 +118,18 @@ def make_grpo_step(
             prompts,
             own,
             options,
+            stop_ids=stop_ids,
             seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
             length=data.length,
         )
         seconds = time.monotonic() - started
         answers = to_learn(rollout, options, len(arrays["input_ids"]), data.length)
-        answers = _with_log_probs(answers, state, score_all, options)
+        if options.updates > 1:
+            answers = answers.replace(old=score_all(params, answers.batch))
+        if options.kl:
+            answers = answers.replace(reference=score_all(reference, answers.batch))
+        # The step takes over the memory of what it trains.
+        del params, reference
         found = []
         for _ in range(options.updates):
             state, metrics = step(state, answers)
@@ -128,12 +145,14 @@ def make_grpo_evaluation(
     data: DataOptions,
     options: GrpoOptions,
     dtype: str,
+    defaults: GenerationDefaults = _NO_DEFAULTS,
 ) -> Callable[[TrainState, Iterable[Arrays]], dict[str, float]]:
     """A function of (state, batches of prompts): figures of one greedy answer to each.
 
     They are those of `rollouts.figures_of` that one answer has, with "eval_" before their names,
-    and "eval_prompts", how many there were.
+    and "eval_prompts", how many there were. What ends an answer is as in `make_grpo_step`.
     """
+    stop_ids = stop_ids_of(defaults, model.config, tokenizer)
     records = PromptRecords(data)
 
     def evaluate(state: TrainState, batches: Iterable[Arrays]) -> dict[str, float]:
@@ -152,6 +171,7 @@ def make_grpo_evaluation(
                 prompts,
                 own,
                 options,
+                stop_ids=stop_ids,
                 seed=0,
                 length=data.length,
                 greedy=True,
@@ -179,22 +199,6 @@ def _as_dtype(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _with_log_probs(
-    answers: Answers,
-    state: TrainState,
-    score_all: Callable[[Params, Batch], jax.Array],
-    options: GrpoOptions,
-) -> Answers:
-    params = combine(state.params, state.frozen)
-    if options.updates > 1:
-        answers = answers.replace(old=score_all(params, answers.batch))
-    if options.kl:
-        beside = state.beside or {}
-        reference = beside[REFERENCE] if REFERENCE in beside else detach(params)[0]
-        answers = answers.replace(reference=score_all(reference, answers.batch))
-    return answers
-
-
 def _scorer(
     model: Decoder, options: TrainOptions, temperature: float
 ) -> Callable[[Params, Batch], jax.Array]:
@@ -205,10 +209,9 @@ def _scorer(
     def run(params: Params, batch: Batch) -> jax.Array:
         if count == 1:
             return score(model, params, batch, options, temperature).log_probs
-        # As the step parts it.
-        parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
         found = jax.lax.map(
-            lambda part: score(model, params, part, options, temperature).log_probs, parts
+            lambda part: score(model, params, part, options, temperature).log_probs,
+            in_parts(batch, count),
         )
         return found.swapaxes(0, 1).reshape(batch.input_ids.shape)
 

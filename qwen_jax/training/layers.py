@@ -106,18 +106,6 @@ def _check_alike(i: int, one: Params, j: int, other: Params) -> None:
         )
 
 
-def unstack_layers(config: ModelConfig, stacked: Params) -> dict[str, Any]:
-    """The inverse of `stack_layers`, bit for bit."""
-    params = {key: value for key, value in stacked.items() if not key.startswith("segments_")}
-    for s, segment in enumerate(segments(config)):
-        for r in range(segment.repeats):
-            for place in range(segment.period):
-                leaves = stacked[f"segments_{s}"][_layer(place)]
-                layer = jax.tree.map(lambda leaf, r=r: leaf[r], leaves)
-                params[_layer(segment.index(r, place))] = layer
-    return params
-
-
 def stacked_shardings(config: ModelConfig, mesh: Mesh, stacked: Params) -> dict[str, Any]:
     """Where the leaves of `stack_layers` lie: each layer's as by itself."""
 

@@ -46,11 +46,14 @@ class Objective:
       ahead: of (model, params, parts, options, beside), parts with a leading axis, the sums of the
         whole batch, as far as `loss` reads them.
       metrics: of (sums, options) what is reported, "loss" and "tokens" among it.
+      token_losses: whether `z_loss` and `mtp_loss` of the options are among what is made small;
+        else a step refuses options that ask for one.
     """
 
     loss: Callable[..., tuple[jax.Array, Any]]
     ahead: Callable[..., Any]
     metrics: Callable[[Any, TrainOptions], Metrics]
+    token_losses: bool = False
 
 
 @flax.struct.dataclass
@@ -66,9 +69,9 @@ class Sums:
     """
 
     weights: jax.Array
-    cross_entropy: jax.Array
-    log_z_squared: jax.Array
-    router: RouterSums | None
+    cross_entropy: jax.Array | float = 0.0
+    log_z_squared: jax.Array | float = 0.0
+    router: RouterSums | None = None
 
 
 def objective(
@@ -136,14 +139,11 @@ def sums_ahead(
       The batch's sums; cross entropies are 0. The experts' use costs a forward pass of all parts
       and is 0 where no loss asks for it.
     """
-    params = as_computed(model, params, options)
 
-    def part_sums(batch: Batch) -> Sums:
-        weights = _sum_rows(targets_of(batch, num_predictions(model, options))[1])
-        router = router_ahead(model, params, batch, options)
-        return Sums(weights, jnp.zeros_like(weights), jnp.zeros(()), router)
+    def count(batch: Batch) -> Sums:
+        return Sums(_sum_rows(targets_of(batch, num_predictions(model, options))[1]))
 
-    return sum_parts(part_sums, parts)
+    return ahead_of(count)(model, params, parts, options)
 
 
 def metrics_of(sums: Sums, options: TrainOptions) -> Metrics:
@@ -164,7 +164,32 @@ def metrics_of(sums: Sums, options: TrainOptions) -> Metrics:
     return metrics | router_metrics(sums.router, options)
 
 
-NEXT_TOKEN = Objective(objective, sums_ahead, metrics_of)
+NEXT_TOKEN = Objective(objective, sums_ahead, metrics_of, token_losses=True)
+
+
+def ahead_of(
+    count: Callable[[Any], Any], rows: Callable[[Any], Batch] = lambda batch: batch
+) -> Callable[..., Any]:
+    """`Objective.ahead` of what can be counted without a model, and of the routers.
+
+    Args:
+      count: of a part of a batch, those of its sums that `loss` reads, but for the `router`'s.
+      rows: of a part, its texts.
+    """
+
+    def ahead(
+        model: Decoder, params: Params, parts: Any, options: TrainOptions, beside: Any = None
+    ) -> Any:
+        params = as_computed(model, params, options)
+
+        def part_sums(part: Any) -> Any:
+            router = _router_ahead(model, params, rows(part), options)
+            return count(part).replace(router=router)
+
+        sums = jax.lax.map(part_sums, parts)
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), sums)
+
+    return ahead
 
 
 def router_loss(
@@ -183,7 +208,7 @@ def router_loss(
     return loss + options.router_z_loss * router_z_loss(router, whole)
 
 
-def router_ahead(
+def _router_ahead(
     model: Decoder, params: Params, batch: Batch, options: TrainOptions
 ) -> RouterSums | None:
     """Of a part of a batch, what `router_loss` has to know of it before; `params` as computed."""
@@ -214,12 +239,6 @@ def check_no_token_losses(model: Decoder, options: TrainOptions) -> None:
             raise UserError(
                 f"step.{name} = {value} is for next-token training alone; set it to 0 here"
             )
-
-
-def sum_parts(function: Callable[[Any], Any], parts: Any) -> Any:
-    """The sum over parts, stacked along a leading axis, of what `function` makes of each."""
-    sums = jax.lax.map(function, parts)
-    return jax.tree.map(lambda leaf: leaf.sum(axis=0), sums)
 
 
 def share(total: jax.Array, count: jax.Array) -> jax.Array:

@@ -11,18 +11,15 @@ from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.low_rank import detach, low_rank_weights
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
-from qwen_jax.training.forward import as_computed
 from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
     Metrics,
     Objective,
-    check_no_token_losses,
-    router_ahead,
+    ahead_of,
     router_loss,
     router_metrics,
     share,
-    sum_parts,
 )
 from qwen_jax.training.step_options import TrainOptions
 
@@ -74,14 +71,14 @@ class PreferenceSums:
     """
 
     pairs: jax.Array
-    loss: jax.Array
-    correct: jax.Array
-    chosen: jax.Array
-    rejected: jax.Array
-    tokens: jax.Array
-    chosen_tokens: jax.Array
-    cross_entropy: jax.Array
-    router: RouterSums | None
+    loss: jax.Array | float = 0.0
+    correct: jax.Array | float = 0.0
+    chosen: jax.Array | float = 0.0
+    rejected: jax.Array | float = 0.0
+    tokens: jax.Array | float = 0.0
+    chosen_tokens: jax.Array | float = 0.0
+    cross_entropy: jax.Array | float = 0.0
+    router: RouterSums | None = None
 
 
 def preference(options: PreferenceOptions) -> Objective:
@@ -105,10 +102,9 @@ def preference(options: PreferenceOptions) -> Objective:
         whole: PreferenceSums | None = None,
         beside: dict[str, Params] | None = None,
     ) -> tuple[jax.Array, PreferenceSums]:
-        check_no_token_losses(model, step)
         rows = _rows(batch)
         ours = score(model, params, rows, step)
-        reference = score(model, _reference(params, beside), rows, step)
+        reference = score(model, reference_of(params, beside), rows, step)
         reference = jax.lax.stop_gradient(reference.log_probs)
         pairs = (*batch.input_ids.shape[:2], -1)
         weights = ours.weights.reshape(pairs)
@@ -140,34 +136,14 @@ def preference(options: PreferenceOptions) -> Objective:
         found += options.sft * share(sums.cross_entropy, whole.chosen_tokens)
         return found + router_loss(model, ours.router, step, whole.router), sums
 
-    return Objective(loss, _ahead, _metrics)
+    return Objective(loss, ahead_of(_count, _rows), _metrics)
 
 
-def _ahead(
-    model: Decoder,
-    params: Params,
-    parts: Batch,
-    step: TrainOptions,
-    beside: dict[str, Params] | None = None,
-) -> PreferenceSums:
-    params = as_computed(model, params, step)
-
-    def part_sums(batch: Batch) -> PreferenceSums:
-        rows, zero = _rows(batch), jnp.zeros(())
-        weights = targets_of(rows, 1)[1][0].reshape(*batch.input_ids.shape[:2], -1)
-        return PreferenceSums(
-            pairs=_are_real(weights).sum(dtype=jnp.float32),
-            loss=zero,
-            correct=zero,
-            chosen=zero,
-            rejected=zero,
-            tokens=weights.sum(),
-            chosen_tokens=weights[:, 0].sum(),
-            cross_entropy=zero,
-            router=router_ahead(model, params, rows, step),
-        )
-
-    return sum_parts(part_sums, parts)
+def _count(batch: Batch) -> PreferenceSums:
+    weights = targets_of(_rows(batch), 1)[1][0].reshape(*batch.input_ids.shape[:2], -1)
+    return PreferenceSums(
+        pairs=_are_real(weights).sum(dtype=jnp.float32), chosen_tokens=weights[:, 0].sum()
+    )
 
 
 def _metrics(sums: PreferenceSums, step: TrainOptions) -> Metrics:
@@ -193,7 +169,12 @@ def _are_real(weights: jax.Array) -> jax.Array:
     return (weights > 0).any(axis=-1).all(axis=-1)
 
 
-def _reference(params: Params, beside: dict[str, Params] | None) -> Params:
+def reference_of(params: Params, beside: dict[str, Params] | None) -> Params:
+    """The parameters to compare with: `beside["reference"]`, else what is below `params`' adapters.
+
+    Raises:
+      ValueError: there are neither.
+    """
     if beside is not None and REFERENCE in beside:
         return beside[REFERENCE]
     if any(low_rank_weights(params)):

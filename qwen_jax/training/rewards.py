@@ -79,7 +79,7 @@ def find_reward(name: str) -> Reward:
     module, colon, function = name.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)}"
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)};"
         raise UserError(f"reward {name} is not known; {hint} MODULE:FUNCTION names your own")
     try:
         found = getattr(importlib.import_module(module), function)

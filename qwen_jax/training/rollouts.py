@@ -1,12 +1,11 @@
 """Rollouts: prompts -> groups of answers by the model as it is -> what they are worth."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qwen_jax.errors import UserError
 from qwen_jax.inference.completion import ends_inside_reasoning
 from qwen_jax.inference.decoding import TokenStream, bucket
 from qwen_jax.inference.sampling import SamplingOptions
@@ -95,23 +94,6 @@ def write_answers(
     return found
 
 
-def stop_ids_of(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: the config's and the tokenizer's.
-
-    Raises:
-      UserError: there are none, so that no answer would end.
-    """
-    found = frozenset(model.config.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        found |= {tokenizer.eos_token_id}
-    if not found:
-        raise UserError(
-            "neither the model's config.json nor its tokenizer names an eos token, so that no "
-            "answer ends; name one as eos_token in tokenizer_config.json"
-        )
-    return found
-
-
 def roll_out(
     model: Decoder,
     params: Any,
@@ -120,6 +102,7 @@ def roll_out(
     records: Sequence[Record],
     options: GrpoOptions,
     *,
+    stop_ids: Collection[int],
     seed: int,
     length: int,
     greedy: bool = False,
@@ -131,6 +114,7 @@ def roll_out(
       prompts: token ids.
       records: of the prompts, for the rewards.
       options: of the answers and rewards.
+      stop_ids: ids that end an answer.
       seed: of the draws.
       length: as for `write_answers`.
       greedy: whether each prompt has one answer of the most likely tokens instead.
@@ -140,7 +124,6 @@ def roll_out(
     """
     group = 1 if greedy else options.group_size
     sampling = SamplingOptions(0.0 if greedy else options.temperature, top_p=options.top_p)
-    stop_ids = stop_ids_of(model, tokenizer)
     rows = write_answers(
         model,
         params,

@@ -21,8 +21,9 @@ from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.sharding.axes import parameter_shardings
+from qwen_jax.training.batch import in_parts
 from qwen_jax.training.layers import Params
-from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective
+from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective, check_no_token_losses
 from qwen_jax.training.partition import Trained, combine, partition
 from qwen_jax.training.step_options import TrainOptions
 
@@ -213,14 +214,16 @@ def make_train_step(
       objective: what is made small.
 
     Raises:
-      UserError: the model's head does not predict tokens. When the step is called: rows that do not
-        divide by `microbatches`.
+      UserError: the model's head does not predict tokens, or the options ask for a loss that the
+        objective has not. When the step is called: rows that do not divide by `microbatches`.
     """
     if model.config.head is not HeadKind.VOCABULARY:
         raise UserError(
             f"the model has a {model.config.head.value} head, which predicts no tokens; train a "
             "language model"
         )
+    if not objective.token_losses:
+        check_no_token_losses(model, options)
     shardings = None
     if model.mesh is not None:
         state = abstract_train_state(model, optimiser) if state is None else state
@@ -306,11 +309,7 @@ def _gradients(
 
     if count == 1:
         return part(batch, None)
-    rows = len(jax.tree.leaves(batch)[0])
-    if rows % count:
-        raise UserError(f"microbatches = {count} do not divide the batch's {rows} rows")
-    # Every `count`-th row to a part, so that a device's rows stay its own.
-    parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+    parts = in_parts(batch, count)
     whole = ahead(parts)
 
     def body(total: Any, batch: Any) -> tuple[Any, None]:

@@ -96,16 +96,17 @@ def upcycle(
     target = with_experts(config, options.spec(config.num_hidden_layers))
     made = dict(params)
     shapes = parameter_shapes(target)
-    places = None if mesh is None else parameter_shardings(target, mesh, shapes)
-    for name in sorted(shapes):
-        if not name.startswith("layers_"):
-            continue
+    layers = sorted(name for name in shapes if name.startswith("layers_"))
+    places = None
+    if mesh is not None:
+        # All layers have experts, which lie alike: one program makes them.
+        places = parameter_shardings(target, mesh, shapes)[layers[0]]["mlp"]
+    run = jax.jit(
+        functools.partial(_experts, options=options, std=config.initializer_range),
+        out_shardings=places,
+    )
+    for name in layers:
         dense = _feed_forward(name, params[name]["mlp"])
-        out = None if places is None else places[name]["mlp"]
-        run = jax.jit(
-            functools.partial(_experts, options=options, std=config.initializer_range),
-            out_shardings=out,
-        )
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         made[name] = {**params[name], "mlp": run(dense, own)}
     return target, made

@@ -60,10 +60,23 @@ def logits_of(x: jax.Array, head: jax.Array, temperature: float = 1.0) -> jax.Ar
 
 def log_denominator(logits: jax.Array, layout: Layout | None) -> jax.Array:
     """The logarithm [n] of the softmax's denominator, over all devices' shares."""
+    return exponentials_of(logits, layout)[2]
+
+
+def exponentials_of(
+    logits: jax.Array, layout: Layout | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax before its division, for whoever would else take exponentials again.
+
+    Returns:
+      Exponentials [n, v] of the logits less the largest of a token; their sum [n] over all devices'
+      shares; and the logarithm [n] of the softmax's denominator.
+    """
     across = mesh_axes(layout, "vocabulary")
     peak = jax.lax.pmax(logits.max(axis=-1), across)
-    total = jax.lax.psum(jnp.exp(logits - peak[:, None]).sum(axis=-1), across)
-    return peak + jnp.log(total)
+    exponentials = jnp.exp(logits - peak[:, None])
+    total = jax.lax.psum(exponentials.sum(axis=-1), across)
+    return exponentials, total, peak + jnp.log(total)
 
 
 def sum_vocabulary(values: jax.Array, layout: Layout | None) -> jax.Array:
@@ -114,6 +127,52 @@ def reduce_gradients(
         dhead = jax.lax.psum_scatter(dhead, stored, scatter_dimension=1, tiled=True)
     others = tuple(axis for axis in mesh_axes(layout, *TOKENS) if axis not in stored)
     return dx, jax.lax.psum(dhead, others)
+
+
+def weighted_sums(
+    block: Callable[..., tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]],
+    x: jax.Array,
+    head: jax.Array,
+    others: tuple[jax.Array, ...],
+    weights: jax.Array,
+    *,
+    block_size: int,
+    layout: Layout | None,
+    gradients: bool,
+) -> tuple[jax.Array, ...]:
+    """The sums over tokens of three terms by weight, and the gradients of the first.
+
+    Args:
+      block: of a block of `x` and of each of `others`, [n, ...], the terms, [n] each, and the
+        gradients [n, v] of the first by the logits, which without `gradients` nothing computes.
+      x: [b, t, D].
+      head: [v, D].
+      others: [b, t, ...].
+      weights: float32 [b, t]; where one is 0 the terms may be anything.
+      block_size: as for `in_blocks`.
+      layout: of the tokens and the head.
+      gradients: whether they are made.
+
+    Returns:
+      float32 [] three times, of all devices' tokens; with gradients, those by `x` and `head` as
+      `reduce_gradients` returns them.
+    """
+
+    def body(carry: Any, arrays: Any) -> tuple[Any, Any]:
+        sums, dhead = carry
+        x, weights, *others = arrays
+        terms, dlogits = block(x, *others)
+        sums += jnp.where(weights != 0, weights * jnp.stack(terms), 0).sum(axis=1)
+        if not gradients:
+            return (sums, dhead), None
+        dx, more = back_through_logits(weights[:, None] * dlogits, x, head)
+        return (sums, dhead + more), dx
+
+    dhead = jnp.zeros(head.shape, jnp.float32) if gradients else None
+    start, arrays = (jnp.zeros(3, jnp.float32), dhead), (x, weights, *others)
+    (sums, dhead), dx = in_blocks(body, start, arrays, block_size)
+    sums = tuple(jax.lax.psum(sums, mesh_axes(layout, *TOKENS)))
+    return (*sums, *reduce_gradients(dx, dhead, layout)) if gradients else sums
 
 
 def _first(share: int, across: tuple[str, ...]) -> jax.Array | int:

@@ -1,12 +1,17 @@
 """generation_config.json against transformers' reading of the same file."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
 from qwen_jax import UserError
-from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
+from qwen_jax.inference.defaults import (
+    GenerationDefaults,
+    load_generation_defaults,
+    stop_ids_of,
+)
 from qwen_jax.inference.sampling import SamplingOptions
 from tests.reference import random_reference
 
@@ -149,6 +154,27 @@ def test_what_is_not_honoured_is_refused_by_name_and_value(read, tmp_path, value
         read(values)
     assert str(refusal.value).startswith(f"{tmp_path / 'generation_config.json'}: {message}")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "config_ids", "tokenizer_id", "expected"),
+    [
+        # The file alone counts where it names ids.
+        ({"eos_token_id": [3, 5]}, (7,), 9, (3, 5)),
+        ({"eos_token_id": 3, "stop_words_ids": [[5], [3]]}, (7,), 9, (3, 5)),
+        ({}, (7, 8), 9, (7, 8, 9)),
+        ({"top_k": 4}, (7, 9), 9, (7, 9)),
+        ({}, (7,), None, (7,)),
+        ({}, (), None, ()),
+        ({"eos_token_id": 3, "chat_format": "chatml"}, (7,), 9, (3, 11, 12)),
+        ({"chat_format": "chatml"}, (), 11, (11, 12)),
+    ],
+)
+def test_what_ends_a_text(read, values, config_ids, tokenizer_id, expected):
+    config = SimpleNamespace(eos_token_ids=config_ids)
+    added = {"<|im_start|>": 12, "<|im_end|>": 11, "<|other|>": 13}
+    tokenizer = SimpleNamespace(eos_token_id=tokenizer_id, added_tokens=added)
+    assert stop_ids_of(read(values), config, tokenizer) == expected
 
 
 def test_filters_of_a_greedy_file_hold_for_whoever_asks_for_a_temperature(read):

@@ -15,8 +15,12 @@ from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.sharding.axes import Layout, as_mesh
 from qwen_jax.training.batch import Batch
+from qwen_jax.training.data import DataOptions, SourceOptions
 from qwen_jax.training.distillation import DistillationOptions, distillation
 from qwen_jax.training.divergence import divergence
+from qwen_jax.training.goal import choose_goal
+from qwen_jax.training.loop import LoopOptions
+from qwen_jax.training.run_options import RunOptions
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import init_train_state, make_train_step
 from tests.models.passes import padding
@@ -175,6 +179,27 @@ def test_parts_of_a_batch_on_a_mesh_give_the_update_of_the_whole_on_one_device()
 def close(ours, expected, tolerance):
     atol = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(ours, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("losses", "name"),
+    [({}, "mtp_loss = 0.1"), ({"z_loss": 0.5, "mtp_loss": 0.0}, "z_loss = 0.5")],
+)
+def test_a_run_with_losses_of_next_tokens_is_refused_before_the_teacher_is_read(losses, name):
+    model, params = one_device(make_config(mtp_layers=1))
+    step = dataclasses.replace(EXACT, **losses)
+    options = RunOptions(
+        DataOptions((SourceOptions("x.jsonl"),)),
+        LoopOptions(1),
+        model="m",
+        step=step,
+        distillation=DistillationOptions("no/such teacher"),
+    )
+    with pytest.raises(UserError, match=f"step.{name} is for next-token training alone; set it"):
+        choose_goal(options, model, params, tokenizer=None)
+    # Whoever has no run is told by the step.
+    with pytest.raises(UserError, match=f"step.{name} is for next-token training alone"):
+        make_train_step(model, optax.sgd(1.0), step, objective=distillation(OPTIONS, model))
 
 
 def test_a_teacher_of_other_tokens_is_refused():

@@ -11,12 +11,16 @@ import torch
 
 import qwen_jax
 from qwen_jax.errors import UserError
+from qwen_jax.inference.defaults import GenerationDefaults
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.sharding.axes import as_mesh
+from qwen_jax.training import grpo_step
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.data import DataOptions, SourceOptions
-from qwen_jax.training.data.prompts import PromptRecords
+from qwen_jax.training.data.pipeline import make_loader
+from qwen_jax.training.data.prompts import PromptRecords, prompts_form
 from qwen_jax.training.grpo import Answers, GrpoOptions, advantages_of, grpo
+from qwen_jax.training.grpo_step import make_grpo_evaluation, make_grpo_step
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.loop import LoopOptions
 from qwen_jax.training.optimisers import OptimiserOptions
@@ -265,7 +269,9 @@ def test_answers_stand_where_their_log_probabilities_are_taken(pair, tmp_path):
     records = PromptRecords(data)
     prompts = [[5, 6, 7], list(range(9, 30)), [40] * 11]
     own = [records[0, i] for i in range(3)]
-    rollout = roll_out(model, params, tokenizer, prompts, own, options, seed=3, length=96)
+    rollout = roll_out(
+        model, params, tokenizer, prompts, own, options, stop_ids=(3,), seed=3, length=96
+    )
     # One group more than there are prompts: what fills up the last batch.
     answers = to_learn(rollout, options, 4, 96)
     old = jax.jit(lambda p: score(model, p, answers.batch, EXACT, 0.8).log_probs)(params)
@@ -311,6 +317,85 @@ def test_greedy_rollouts_are_those_of_generate_on_any_mesh(pair, mesh):
             write_batch=write_batch,
         )
         assert ours == expected
+
+
+def first_prompts(directory, tmp_path, tokenizer, **changes):
+    """The settings of a run, and its first batch of prompts."""
+    whole = run_options(directory, prompt_file(tmp_path / "prompts.jsonl"), **changes)
+    form = prompts_form(whole.grpo.group_size, whole.grpo.max_new_tokens)
+    return whole, next(iter(make_loader(whole.data, tokenizer, form=form)))
+
+
+def test_a_batch_scored_in_parts_has_the_log_probabilities_of_the_whole(pair, tmp_path):
+    _, model, params, directory = pair
+    tokenizer = qwen_jax.load_tokenizer(directory)
+    step = dataclasses.replace(EXACT, microbatches=3)
+    whole, arrays = first_prompts(directory, tmp_path, tokenizer, step=step)
+    other = jax.tree.map(lambda a: 1.1 * a, params)
+    state = init_train_state(model, optax.sgd(1.0), params=params)
+    seen = []
+
+    def record(state, answers):
+        seen.append(answers)
+        return state, {"finite": np.array(True)}
+
+    run = make_grpo_step(model, record, tokenizer, whole.data, whole.grpo, step, seed=0)
+    run(state.replace(beside={"reference": other}), arrays)
+    first, second = seen
+    assert first is second
+    learned = first.batch.loss_weights[:, 1:] > 0
+    for found, its in ((first.old, params), (first.reference, other)):
+        expected = jax.jit(lambda p: score(model, p, first.batch, EXACT).log_probs)(its)
+        pairs = (np.asarray(a)[:, :-1][learned] for a in (found, expected))
+        np.testing.assert_allclose(*pairs, atol=1e-5)
+    assert len(set(np.asarray(first.old)[:, :-1][learned])) > 20
+
+
+def test_what_cannot_be_learned_from_is_refused_before_an_answer_is_written(
+    pair, tmp_path, monkeypatch
+):
+    _, model, params, directory = pair
+    tokenizer = qwen_jax.load_tokenizer(directory)
+    whole, arrays = first_prompts(directory, tmp_path, tokenizer)
+    monkeypatch.setattr(grpo_step, "roll_out", None)
+
+    def make(model=model, step=EXACT):
+        return make_grpo_step(model, None, tokenizer, whole.data, whole.grpo, step, seed=0)
+
+    with pytest.raises(UserError, match="microbatches = 4 do not divide the batch's 6 rows"):
+        make(step=dataclasses.replace(EXACT, microbatches=4))
+    # Neither a reference beside it nor adapters: it would be its own, and never far from it.
+    state = init_train_state(model, optax.sgd(1.0), params=params)
+    with pytest.raises(ValueError, match="give the parameters to compare with: "):
+        make()(state, arrays)
+    config = dataclasses.replace(model.config, eos_token_ids=())
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", None)
+    with pytest.raises(UserError, match="names an eos token, so that no answer ends; name one"):
+        make(model.clone(config=config))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="grpo: 2 processes; answers are written by one process"):
+        make()
+
+
+def test_answers_end_where_generation_config_says(pair, tmp_path):
+    _, model, params, directory = pair
+    tokenizer = qwen_jax.load_tokenizer(directory)
+    whole, arrays = first_prompts(directory, tmp_path, tokenizer)
+    prompts, _ = read_prompts(arrays, PromptRecords(whole.data))
+    free = qwen_jax.generate(model, params, prompts, max_new_tokens=7, stop_ids=())
+    state = init_train_state(model, optax.sgd(1.0), params=params)
+
+    def evaluate(*defaults):
+        answer = make_grpo_evaluation(
+            model, tokenizer, whole.data, whole.grpo, "float32", *defaults
+        )
+        figures = answer(state, [arrays])
+        return figures["eval_answer_tokens"], figures["eval_cut_share"]
+
+    firsts = tuple({row[0] for row in free})
+    assert not set(firsts) & {*model.config.eos_token_ids, tokenizer.eos_token_id}
+    assert evaluate(GenerationDefaults(stop_ids=firsts)) == (1, 0)
+    assert evaluate()[0] > 1
 
 
 def test_draws_do_not_depend_on_what_is_written_together(pair):

@@ -191,7 +191,7 @@ def test_what_it_does_not_learn_from_is_refused():
         if isinstance(options, dict):
             options = dataclasses.replace(EXACT, mtp_loss=0.0, **options)
         with pytest.raises(UserError, match=f"step.{name} is for next-token training alone"):
-            objective.loss(model, params, batch, options)
+            make_train_step(model, optax.sgd(1.0), options, objective=objective)
     with pytest.raises(ValueError, match="give the parameters to compare with"):
         objective.loss(model, params, batch, dataclasses.replace(EXACT, mtp_loss=0.0))
 

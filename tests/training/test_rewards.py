@@ -48,8 +48,8 @@ def test_rewards_are_summed_by_weight_and_reported_without():
 @pytest.mark.parametrize(
     ("name", "weight", "message"),
     [
-        ("exakt", 1.0, r"reward exakt is not known; did you mean exact\?"),
-        ("zzz", 1.0, "reward zzz is not known; known: exact, format"),
+        ("exakt", 1.0, r"reward exakt is not known; did you mean exact\? MODULE:FUNCTION names"),
+        ("zzz", 1.0, "reward zzz is not known; known: exact, format; MODULE:FUNCTION names"),
         ("no_such_module:f", 1.0, "reward no_such_module:f: cannot be imported"),
         (f"{__name__}:nothing", 1.0, "cannot be imported"),
         (f"{__name__}:RECORD", 1.0, "is no function"),

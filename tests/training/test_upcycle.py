@@ -12,6 +12,7 @@ from qwen_jax.config import MoeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.sharding.axes import as_mesh, parameter_shardings
+from qwen_jax.training import upcycle as upcycle_module
 from qwen_jax.training.upcycle import UpcycleOptions, upcycle
 from tests.models.passes import random_ids
 from tests.reference import random_reference, reference_logits, save_reference
@@ -105,6 +106,16 @@ def test_half_of_each_expert_is_drawn_anew(dense):
     assert (other["layers_0"]["mlp"]["gate"]["weight"] != router).any()
     # What is not a feed-forward block is the very same.
     assert redrawn["layers_1"]["self_attn"] is dense[1]["layers_1"]["self_attn"]
+
+
+def test_all_layers_are_made_by_one_program(dense, monkeypatch):
+    traced, make = [], upcycle_module._experts
+    monkeypatch.setattr(
+        upcycle_module, "_experts", lambda *a, **k: traced.append(0) or make(*a, **k)
+    )
+    grow(dense)
+    assert len(blocks(dense[1])) == 2
+    assert len(traced) == 1
 
 
 def test_transformers_loads_what_is_made_of_each_family(tmp_path):
