@@ -45,6 +45,12 @@ class Counts:
         """Of all places."""
         return self.padding / max(1, self.padding + self.tokens)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records, {self.truncated} of them truncated; {self.learned} of "
+            f"{self.tokens} tokens learned; {self.padding_share:.1%} padding"
+        )
+
 
 class Batches(grain.DatasetIterator):
     """Batches for `Batch(**batch)`, [rows, length], with a state that goes into a checkpoint.
