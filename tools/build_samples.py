@@ -11,6 +11,7 @@ from absl import flags
 
 from qwen_jax.embedded.build import write_base
 from qwen_jax.embedded.samples import write_samples
+from qwen_jax.errors import UserError
 from tools import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
@@ -31,9 +32,13 @@ _STUDENT = _BASE | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_lay
 def main() -> None:
     """Writes them."""
     workdir = command_line.path(_WORKDIR)
-    write_samples(workdir / "data", _RECORDS.value, _HELD_OUT.value, _SEED.value)
-    write_base(workdir / "base", _SEED.value, **_BASE)
-    write_base(workdir / "student", _SEED.value, **_STUDENT)
+    try:
+        write_samples(workdir / "data", _RECORDS.value, _HELD_OUT.value, _SEED.value)
+        write_base(workdir / "base", _SEED.value, **_BASE)
+        write_base(workdir / "student", _SEED.value, **_STUDENT)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--workdir={_WORKDIR.value}: cannot be written ({reason})") from None
 
 
 if __name__ == "__main__":

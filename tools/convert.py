@@ -22,8 +22,8 @@ from absl import flags
 from qwen_jax.checkpoint.conversion import QUANTIZATIONS, convert
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.divergence import measure_divergence
 from qwen_jax.evaluation.language_model import check_language_model
+from qwen_jax.evaluation.quantisation import measure_divergence
 from qwen_jax.hf_config import DTYPES
 from tools.command_line import path, run
 

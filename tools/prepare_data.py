@@ -10,9 +10,9 @@ file stood. Sources are files of JSONL ({"text": "..."}, or {"messages": [...]} 
 lines of <|endoftext|>) or of parquet; directories of these; patterns; and data sets of the hub.
 
 A run that was interrupted goes on where it was when it is started again, and what it writes is the
-same with any number of --workers. --config reads the parts `model` and `data` of a run's
-configuration, the fields of `data` being those of qwen_jax.training.data.DataOptions; sources that
-are prepared already are left alone.
+same with any number of --workers. --config reads of a run's configuration `data`, with the fields
+of qwen_jax.training.data.DataOptions, and `tokenizer`, or else `model`, whose tokenizer is the one
+that the run trains with; sources that are prepared already are left alone.
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ _LAST_TURN_ONLY = flags.DEFINE_bool("last_turn_only", None, "Learn the last such
 def main() -> None:
     """Prepares one source after another."""
     workdir = command_line.path(_WORKDIR)
-    model, sources, tokens = _settings()
+    checkpoint, sources, tokens = _settings()
     targets = _targets(workdir, sources)
-    tokenizer_directory = resolve_source(model, weights=False)
+    tokenizer_directory = resolve_source(checkpoint, weights=False)
     for source, target in zip(sources, targets, strict=True):
         # Silent where stderr is not a terminal.
         with tqdm(desc=target.name, unit=" records", disable=None) as bar:
@@ -81,14 +81,14 @@ def main() -> None:
 
 
 def _settings() -> tuple[str, list[SourceOptions], TokenOptions]:
-    """The model, the sources and how they are read; flags come before the configuration."""
+    """Whose tokenizer, the sources and how they are read; flags before the configuration."""
     config = config_flag.read_config()
-    model, sources, tokens = _MODEL.value, [], TokenOptions()
+    checkpoint, sources, tokens = _MODEL.value, [], TokenOptions()
     if config is not None:
         part = config_flag.require(config, "data", "config")
         data = config_flag.from_config(part, DataOptions, "config.data")
         sources, tokens = list(data.sources), data.tokens
-        model = model or config.get("model")
+        checkpoint = checkpoint or config.get("tokenizer") or config.get("model")
     if _INPUT.value:
         sources = [SourceOptions(path) for path in _INPUT.value]
     flags_of_tokens = (_END_OF_TEXT, _LEARN, _THINKING, _TOOL_CALLS, _LAST_TURN_ONLY)
@@ -97,9 +97,11 @@ def _settings() -> tuple[str, list[SourceOptions], TokenOptions]:
         given["learn"] = tuple(given["learn"])
     if not sources:
         raise UserError("no source is named; give --input=FILE, or --config=FILE.py")
-    if not isinstance(model, str) or not model:
-        raise UserError("no model is named; give --model, or model in the configuration")
-    return model, sources, dataclasses.replace(tokens, **given)
+    if not isinstance(checkpoint, str) or not checkpoint:
+        raise UserError(
+            "no tokenizer is named; give --model, or tokenizer or model in the configuration"
+        )
+    return checkpoint, sources, dataclasses.replace(tokens, **given)
 
 
 def _targets(workdir: Path, sources: list[SourceOptions]) -> list[Path]:

@@ -50,10 +50,15 @@ def draw_runs(workdirs: Sequence[Path], metric: str, path: Path, smooth: int = 1
       The mean and the range over runs of the first and the last tenth of the points, in a line.
 
     Raises:
-      UserError: a run has no such figure, or they have no step in common.
+      UserError: there is no run, one has no such figure, they have no step in common, or the
+        picture cannot be written.
     """
     from matplotlib.figure import Figure
 
+    if not workdirs:
+        raise UserError("no run is named; give the workdir of one at least")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name a file for the picture")
     curves = [read_curve(workdir, metric) for workdir in workdirs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     if not steps:
@@ -75,8 +80,11 @@ def draw_runs(workdirs: Sequence[Path], metric: str, path: Path, smooth: int = 1
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     tenth = max(1, len(steps) // 10)
     ends = [values[:, :tenth].mean(axis=1), values[:, -tenth:].mean(axis=1)]
     parts = [f"{e.mean():.3g} ({e.min():.3g} to {e.max():.3g})" for e in ends]

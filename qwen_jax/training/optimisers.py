@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -18,6 +19,23 @@ Schedule = Literal["constant", "cosine", "wsd"]
 _NOT_LINEAR_MAPS = r"(embed_tokens|lm_head|[qkv]_conv)/weight$"
 _OUT_IN = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 _MUON, _ADAMW = "muon", "adamw"
+
+_NOT_NEGATIVE = ("finite and at least 0", lambda value: value >= 0)
+_POSITIVE = ("finite and above 0", lambda value: value > 0)
+# At 1 a mean of gradients would never take any in.
+_MEAN = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "decay_steps": _NOT_NEGATIVE,
+    "final_learning_rate": ("at least 0 and at most 1", lambda value: 0 <= value <= 1),
+    "weight_decay": _NOT_NEGATIVE,
+    "clip_norm": _POSITIVE,
+    "b1": _MEAN,
+    "b2": _MEAN,
+    "eps": _POSITIVE,
+    "momentum": _MEAN,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,27 +80,19 @@ class OptimiserOptions:
                 raise UserError(
                     f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
                 )
-        bounds = {
-            "learning_rate": (0, None),
-            "warmup_steps": (0, None),
-            "decay_steps": (0, None),
-            "final_learning_rate": (0, 1),
-            "weight_decay": (0, None),
-            "clip_norm": (0, None),
-            "b1": (0, 1),
-            "b2": (0, 1),
-            "eps": (0, None),
-            "momentum": (0, 1),
-        }
-        for name, (low, high) in bounds.items():
+        for name, (words, holds) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                upper = "" if high is None else f" and at most {high}"
-                raise UserError(f"{name} = {value} must be at least {low}{upper}")
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"{name} = {value} must be {words}")
         if self.decay_steps and self.schedule != "wsd":
             raise UserError(
                 f"decay_steps = {self.decay_steps} is of schedule wsd, not of "
                 f"{self.schedule}; leave it out"
+            )
+        if self.final_learning_rate and self.schedule == "constant":
+            raise UserError(
+                f"final_learning_rate = {self.final_learning_rate} is of schedules that decay, not "
+                "of constant; leave it out"
             )
 
 

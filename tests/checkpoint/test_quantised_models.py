@@ -18,7 +18,7 @@ from transformers import (
 import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.divergence import measure_divergence
+from qwen_jax.evaluation.quantisation import measure_divergence
 from qwen_jax.nn.quantized import QuantizedWeight
 from qwen_jax.pretrained import parameter_bytes
 from tests.checkpoint.quantised_layouts import (

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.divergence import measure_divergence
 from qwen_jax.evaluation.language_model import check_language_model
+from qwen_jax.evaluation.quantisation import measure_divergence
 from tests.models.test_heads import write_embedder
 from tests.reference import random_reference, save_reference
 from tests.reward_models import random_reward_model, save_reward_model

@@ -39,6 +39,9 @@ def paths(tmp_path_factory):
     }
     found["config"] = str(folder / "run.py")
     (folder / "run.py").write_text(CONFIG.format(**found))
+    found["both"] = str(folder / "both.py")
+    both = 'absent/model", "tokenizer": "{model}'.format(**found)
+    (folder / "both.py").write_text(CONFIG.format(**{**found, "model": both}))
     return found
 
 
@@ -128,8 +131,29 @@ def test_a_configuration_is_read_with_its_changes(run_tool, paths, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config=configs/train/pretrain.py:general", "--config.tokenizer={model}"],
+        ["--config={both}"],
+    ],
+    ids=["no model", "another model"],
+)
+def test_the_tokenizer_is_the_one_that_the_run_trains_with(run_tool, paths, tmp_path, arguments):
+    arguments = [argument.format(**paths) for argument in arguments]
+    arguments += [f"--input={paths['texts']}", f"--workdir={tmp_path}"]
+    done = run_tool("prepare_data", *arguments)
+    assert done.returncode == 0, done.stderr
+    records = IndexedRecords(tmp_path / "texts", load_tokenizer(paths["model"]), TokenOptions())
+    assert len(records) == 90
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--input={texts}"],
+            "no tokenizer is named; give --model, or tokenizer or model in the configuration",
+        ),
         (
             ["--config={config}", "--config.data.lenght=3"],
             "config.data.lenght is not a field of the configuration; did you mean length?",

@@ -50,7 +50,11 @@ def small(recipe, argument, num_steps=STEPS, **changes):
     options = options_of(recipe, argument)
     data = {"batch_size": 2, "threads": 0, "packing_rows": 2}
     optimiser = dataclasses.replace(
-        options.optimiser, schedule="constant", warmup_steps=0, decay_steps=0
+        options.optimiser,
+        schedule="constant",
+        warmup_steps=0,
+        decay_steps=0,
+        final_learning_rate=0.0,
     )
     loop = dataclasses.replace(
         options.loop, num_steps=num_steps, checkpoint_every=STEPS, eval_every=num_steps

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import transformers
 
 from qwen_jax.errors import UserError
 from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_schedule
@@ -135,6 +136,37 @@ def test_adafactor_factors_matrices_and_follows_the_schedule():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), change, expected)
 
 
+def test_adafactor_s_updates_are_those_of_transformers():
+    """A matrix with factored moments, a vector with whole ones and smaller than the least scale."""
+    rng = np.random.default_rng(3)
+    shapes = {"up_proj": (256, 128), "norm": (40,)}
+    scales = {"up_proj": 0.3, "norm": 1e-4}
+    params = {n: scales[n] * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    # Rows of unlike size; gradients that grow, so that the second update is clipped.
+    sizes = {n: np.exp(rng.standard_normal(s[0])).astype(np.float32) for n, s in shapes.items()}
+    gradients = [
+        {n: grow * (rng.standard_normal(s, np.float32).T * sizes[n]).T for n, s in shapes.items()}
+        for grow in (1.0, 5.0, 0.1)
+    ]
+    theirs = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in params.items()}
+    adafactor = transformers.Adafactor(
+        theirs.values(), lr=0.1, relative_step=False, warmup_init=False, scale_parameter=True
+    )
+    options = dataclasses.replace(CONSTANT, name="adafactor", learning_rate=0.1, weight_decay=0.0)
+    optimiser = make_optimiser(options, 10, params)
+    state = optimiser.init(params)
+    for gradient in gradients:
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name])
+        adafactor.step()
+        change, state = optimiser.update(gradient, state, params)
+        params = optax.apply_updates(params, change)
+        for name, parameter in theirs.items():
+            np.testing.assert_allclose(
+                params[name], parameter.detach(), rtol=0, atol=1e-5 * scales[name]
+            )
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -160,9 +192,21 @@ def test_schedules_by_hand(fields, expected):
     [
         ({"name": "lion"}, "name = lion is not supported; known: adamw, muon, adafactor"),
         ({"schedule": "linear"}, "schedule = linear is not supported; known: constant"),
-        ({"b2": 1.5}, "b2 = 1.5 must be at least 0 and at most 1"),
-        ({"learning_rate": -1.0}, "learning_rate = -1.0 must be at least 0"),
+        ({"b2": 1.0}, "b2 = 1.0 must be at least 0 and below 1"),
+        ({"b1": 1.0}, "b1 = 1.0 must be at least 0 and below 1"),
+        ({"momentum": 1.0}, "momentum = 1.0 must be at least 0 and below 1"),
+        ({"eps": 0.0}, "eps = 0.0 must be finite and above 0"),
+        ({"clip_norm": 0.0}, "clip_norm = 0.0 must be finite and above 0"),
+        ({"clip_norm": np.inf}, "clip_norm = inf must be finite and above 0"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0 must be finite and at least 0"),
+        ({"learning_rate": np.inf}, "learning_rate = inf must be finite and at least 0"),
+        ({"weight_decay": np.nan}, "weight_decay = nan must be finite and at least 0"),
+        ({"final_learning_rate": 1.5}, "final_learning_rate = 1.5 must be at least 0 and at most"),
         ({"decay_steps": 3}, "decay_steps = 3 is of schedule wsd, not of cosine"),
+        (
+            {"schedule": "constant", "final_learning_rate": 0.1},
+            "final_learning_rate = 0.1 is of schedules that decay, not of constant; leave it out",
+        ),
         ({"schedule": "wsd"}, "decay_steps = 0: schedule wsd needs steps to decay over"),
         ({"warmup_steps": 11}, "warmup_steps = 11 are more than the run's 10 steps"),
         ({"decay_except": ("embd",)}, "decay_except: no parameter's path has embd"),

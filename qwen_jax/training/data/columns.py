@@ -48,6 +48,8 @@ class RowGroups:
 class ParquetRows:
     """The rows of a parquet file as dicts of those of the wanted columns that it has.
 
+    Without `optional` all of its columns are wanted.
+
     A null counts as absent at every depth: Arrow gives each struct the fields of all of them, so
     that the tool calls of one row would else have the others' arguments.
 
@@ -59,7 +61,7 @@ class ParquetRows:
         self,
         path: Path,
         needed: Collection[str],
-        optional: Collection[str],
+        optional: Collection[str] | None,
         groups: RowGroups,
         hint: str = "name the one to read as text_field or messages_field",
     ):
@@ -76,7 +78,8 @@ class ParquetRows:
                 f"{path}: has none of the columns {', '.join(needed)}, it has {', '.join(names)}; "
                 f"{hint}"
             )
-        self._columns = [name for name in names if name in {*needed, *optional}]
+        wanted = names if optional is None else {*needed, *optional}
+        self._columns = [name for name in names if name in wanted]
         meta = self._file.metadata
         rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self._ends = np.cumsum(np.array(rows, np.int64))

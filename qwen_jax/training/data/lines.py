@@ -9,7 +9,7 @@ import numpy as np
 from qwen_jax.errors import UserError
 from qwen_jax.json_fields import parse_json_line
 
-SEPARATOR = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 
 _BLOCK = 1 << 24
 _BOM = b"\xef\xbb\xbf"
@@ -143,7 +143,7 @@ def _blank(data: mmap.mmap, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 def _separators(data: mmap.mmap):
     """Start and end of each line that holds the separator alone."""
-    mark, position = SEPARATOR.encode(), 0
+    mark, position = END_OF_TEXT.encode(), 0
     while (start := data.find(mark, position)) >= 0:
         position = start + len(mark)
         begins = start == _after_bom(data) or data[start - 1 : start] == b"\n"

@@ -6,15 +6,13 @@ have them. What a chat would learn of an answer counts, and nothing of the promp
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
-from qwen_jax.training.data.form import Form
-from qwen_jax.training.data.indexed import is_prepared
+from qwen_jax.training.data.form import Form, check_messages, check_not_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, finish, fit, padded
 from qwen_jax.training.data.records import PAIR_FIELDS, Record, open_records
@@ -34,8 +32,7 @@ class PairSource:
         Raises:
           UserError: it cannot be read, or asks for what pairs do not have.
         """
-        if is_prepared(Path(source.path).expanduser()):
-            raise UserError(f"{source.path}: pairs are not prepared ahead; name the files")
+        check_not_prepared(source, "pairs")
         if source.too_long == "cut":
             raise UserError(
                 f"{source.path}: too_long = cut would tear an answer from its prompt; set it to "
@@ -88,7 +85,7 @@ def tokenise_pair(
     """
     try:
         prompt, *answers = (_field(record, name) for name in PAIR_FIELDS)
-        _check_messages("prompt", prompt)
+        check_messages("prompt", prompt)
         return tuple(
             _answered(record, name, prompt, answer, tokenizer, source, options)
             for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True)
@@ -114,7 +111,7 @@ def _answered(
     options: TokenOptions,
 ) -> Example:
     answer = [answer] if isinstance(answer, dict) else answer
-    _check_messages(name, answer)
+    check_messages(name, answer)
     if answer[0]["role"] != "assistant":
         raise UserError(
             f"{name} begins with a message of {shown_value(answer[0]['role'])}; give the "
@@ -127,10 +124,3 @@ def _answered(
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return dataclasses.replace(example, name=f"{example.name}: {name}")
-
-
-def _check_messages(name: str, messages: Any) -> None:
-    is_list = isinstance(messages, list) and messages
-    if not is_list or not all(isinstance(m, dict) and "role" in m for m in messages):
-        found = "is missing" if messages is None else f"= {shown_value(messages)}"
-        raise UserError(f'{name} {found}; give messages, [{{"role": ..., "content": ...}}]')

@@ -18,8 +18,8 @@ from qwen_jax.training.data.form import Form, RowSource
 from qwen_jax.training.data.indexed import IndexedRecords, is_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions, TooLong
 from qwen_jax.training.data.packing import BEGINS, TRUNCATED, Arrays, fit, pack, pad
-from qwen_jax.training.data.records import Records, open_records
-from qwen_jax.training.data.tokenise import Example, Kind, end_of_text_id, kind_of, tokenise
+from qwen_jax.training.data.records import Records
+from qwen_jax.training.data.tokenise import Example, Kind, open_examples, tokenise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Counts:
     def padding_share(self) -> float:
         """Of all places."""
         return self.padding / max(1, self.padding + self.tokens)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records, {self.truncated} of them truncated; {self.learned} of "
+            f"{self.tokens} tokens learned; {self.padding_share:.1%} padding"
+        )
 
 
 class Batches(grain.DatasetIterator):
@@ -193,10 +199,7 @@ def _open(source: SourceOptions, tokenizer: Tokenizer, options: DataOptions) -> 
         records = IndexedRecords(directory, tokenizer, options.tokens)
         kind = records.meta.kind
     else:
-        records = open_records(source)
-        kind = kind_of(records[0], source)
-        if kind == "text":
-            end_of_text_id(tokenizer, options.tokens)
+        records, kind = open_examples(source, tokenizer, options.tokens)
     return _Source(records, kind, tokenizer, source, options.tokens, options.length)
 
 

@@ -39,7 +39,7 @@ from qwen_jax.training.data.indexed import (
 )
 from qwen_jax.training.data.options import SourceOptions, TokenOptions
 from qwen_jax.training.data.records import Records, open_records
-from qwen_jax.training.data.tokenise import Kind, end_of_text_id, kind_of, tokenise
+from qwen_jax.training.data.tokenise import Kind, open_examples, tokenise
 
 RECORDS_A_PART = 8192
 
@@ -84,10 +84,7 @@ def prepare(
         things; what was written stays, for the next run.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    records = open_records(source)
-    kind = kind_of(records[0], source)
-    if kind == "text":
-        end_of_text_id(tokenizer, options)
+    records, kind = open_examples(source, tokenizer, options)
     plan = _plan(records, tokenizer, source, options, records_a_part)
     dtype = "uint16" if tokenizer.max_id < 1 << 16 else "uint32"
     _begin(target, plan)

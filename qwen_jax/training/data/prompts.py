@@ -6,18 +6,16 @@ template variables as chats have them. Its other fields, such as `answer`, are f
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
-from qwen_jax.training.data.form import Form
-from qwen_jax.training.data.indexed import is_prepared
+from qwen_jax.training.data.form import Form, check_messages, check_not_prepared
 from qwen_jax.training.data.options import DataOptions, SourceOptions
 from qwen_jax.training.data.packing import BEGINS, Arrays
 from qwen_jax.training.data.records import Record, Records, open_records
-from qwen_jax.training.data.tokenise import parsed, shown_value, template_variables
+from qwen_jax.training.data.tokenise import parsed, template_variables
 
 
 class PromptSource:
@@ -93,7 +91,9 @@ class PromptRecords:
         """
         for source in options.sources:
             _check(source)
-        self._sources: list[Records] = [open_records(source) for source in options.sources]
+        self._sources: list[Records] = [
+            open_records(source, whole=True) for source in options.sources
+        ]
 
     def __getitem__(self, place: Sequence[int]) -> Record:
         number, index = map(int, place)
@@ -118,13 +118,8 @@ def tokenise_prompt(record: Record, tokenizer: Tokenizer, source: SourceOptions)
     """
     try:
         messages = parsed(record.fields, source.messages_field)
-        if not isinstance(messages, list) or not messages:
-            found = "is missing" if messages is None else f"= {shown_value(messages)}"
-            raise UserError(
-                f'{source.messages_field} {found}; give messages, [{{"role": ..., "content": ...}}]'
-            )
-        last = messages[-1]
-        if isinstance(last, dict) and last.get("role") == "assistant":
+        check_messages(source.messages_field, messages)
+        if messages[-1]["role"] == "assistant":
             raise UserError(
                 f"{source.messages_field} ends with the assistant; leave out the answer, which "
                 "the model is to find"
@@ -142,8 +137,7 @@ def tokenise_prompt(record: Record, tokenizer: Tokenizer, source: SourceOptions)
 
 
 def _check(source: SourceOptions) -> None:
-    if is_prepared(Path(source.path).expanduser()):
-        raise UserError(f"{source.path}: prompts are not prepared ahead; name the files")
+    check_not_prepared(source, "prompts")
     if source.too_long not in (None, "refuse"):
         raise UserError(
             f"{source.path}: too_long = {source.too_long} would ask something else; leave it out, "

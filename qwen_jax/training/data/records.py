@@ -78,12 +78,14 @@ class Records:
         return Record(file.name(place), fields)
 
 
-def open_records(options: SourceOptions, pairs: bool = False) -> Records:
+def open_records(options: SourceOptions, pairs: bool = False, whole: bool = False) -> Records:
     """The records of a source; data sets of the hub are downloaded to its cache first.
 
     Args:
       options: of the source.
       pairs: whether they are pairs of answers, else texts or conversations.
+      whole: whether all fields are read; else tables, which keep each column apart, are read only
+        where tokens come from.
 
     Raises:
       UserError: there is no such thing, it holds no files that are read, or one that is broken.
@@ -95,7 +97,7 @@ def open_records(options: SourceOptions, pairs: bool = False) -> Records:
     groups = RowGroups()
     needed = PAIR_FIELDS if pairs else (options.text_field, options.messages_field)
     hint = ("rename those of the pairs",) if pairs else ()
-    optional = (options.tools_field, *TEMPLATE_FIELDS)
+    optional = None if whole else (options.tools_field, *TEMPLATE_FIELDS)
 
     def open_file(path: Path) -> _File:
         match path.suffix:

@@ -10,11 +10,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.json_fields import shown
 from qwen_jax.text import Tokenizer
 from qwen_jax.training.data.chat_mask import learned_tokens
+from qwen_jax.training.data.lines import END_OF_TEXT
 from qwen_jax.training.data.options import SourceOptions, TokenOptions
-from qwen_jax.training.data.records import Record
+from qwen_jax.training.data.records import Record, Records, open_records
 
 Kind = Literal["text", "chat"]
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,22 @@ def kind_of(record: Record, source: SourceOptions) -> Kind:
             f"{found}"
         )
     return "text" if text else "chat"
+
+
+def open_examples(
+    source: SourceOptions, tokenizer: Tokenizer, options: TokenOptions
+) -> tuple[Records, Kind]:
+    """The records of a source for `tokenise`, and their kind, which is the first one's.
+
+    Raises:
+      UserError: they cannot be read, are neither texts nor chats, or texts have no token that ends
+        them.
+    """
+    records = open_records(source)
+    kind = kind_of(records[0], source)
+    if kind == "text":
+        end_of_text_id(tokenizer, options)
+    return records, kind
 
 
 def tokenise(

@@ -138,6 +138,13 @@ def test_texts_are_cut_and_no_token_is_lost(load, tokenizer):
     np.testing.assert_allclose(loader.counts.padding_share, 1 - real.mean())
 
 
+def test_counts_are_told_in_a_line():
+    counts = Counts(records=70, truncated=3, tokens=900, learned=250, padding=100)
+    told = "70 records, 3 of them truncated; 250 of 900 tokens learned; 10.0% padding"
+    assert str(counts) == told
+    assert str(Counts()).endswith("0 of 0 tokens learned; 0.0% padding")
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_chats_stay_whole_and_are_learned_as_they_are(load, tokenizer, pack):
     loader = load("chats", pack=pack, length=96)
