@@ -7,6 +7,8 @@ behind is not taken for one.
 """
 
 import contextlib
+import json
+import operator
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,13 +47,17 @@ class Checkpoints:
           workdir: of the run, which all processes see.
           keep: how many of the newest stay.
           best: a metric of which the checkpoint with the least stays as well.
+
+        Raises:
+          UserError: the metrics of a checkpoint there cannot be read.
         """
         self.directory = workdir.absolute() / "checkpoints"
-        kept = [preservation_policy.LatestN(keep)]
+        kept, measure = [preservation_policy.LatestN(keep)], None
         if best is not None:
+            measure = operator.itemgetter(best)
             kept.append(
                 preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
+                    get_metric_fn=measure,
                     reverse=True,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -59,10 +65,18 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            # Without it no metrics are written, and a run that goes on would not know its best.
+            best_fn=measure,
             cleanup_tmp_directories=True,
             step_prefix=None,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{self.directory}: a STEP/metrics/metrics there is not JSON ({error}); delete "
+                "that file, which only tells how good its checkpoint is"
+            ) from None
 
     def __enter__(self) -> "Checkpoints":
         # Its threads log what goes wrong in them, and the next call here raises it as well.

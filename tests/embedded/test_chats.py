@@ -5,6 +5,7 @@ import json
 import pytest
 import transformers
 
+from qwen_jax.checkpoint.hub import EMBEDDED, resolve_source
 from qwen_jax.embedded.build import write_base, write_data
 from qwen_jax.embedded.chats import chats
 from qwen_jax.text import load_tokenizer, parse_reply
@@ -39,7 +40,9 @@ def test_both_modes_have_the_same_problems_in_equal_number():
     assert 10 < len([record for record in records if "tools" in record]) < 120
 
 
-def test_digits_are_tokens_of_their_own_and_control_tokens_are_qwen_s(tokenizer):
+@pytest.mark.parametrize("source", ["as it is made", "as it is shipped"])
+def test_digits_are_tokens_of_their_own_and_control_tokens_are_qwen_s(base, source):
+    tokenizer = load_tokenizer(base if source == "as it is made" else resolve_source(EMBEDDED))
     digits = set("0123456789")
     for id in range(tokenizer.vocab_size):
         text = tokenizer.decode([id])

@@ -1,5 +1,6 @@
 """What a run tells of itself, by hand."""
 
+import io
 import json
 import sys
 import types
@@ -7,11 +8,20 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm.std
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.chips import CHIPS
 from qwen_jax.training import report
-from qwen_jax.training.report import Reporter, ReportOptions, draw_curve, open_sinks, read_log
+from qwen_jax.training.report import (
+    Bar,
+    Reporter,
+    ReportOptions,
+    WeightsAndBiases,
+    draw_curve,
+    open_sinks,
+    read_log,
+)
 
 
 class Kept:
@@ -112,6 +122,93 @@ def test_tensorboard_gets_every_figure(tmp_path):
         found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
         data = data[16 + size :]
     assert found == {("loss", 7): 2.5, ("mfu", 7): 0.5}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_bar_tells_loss_speed_and_the_time_left(monkeypatch):
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(tqdm.std, "time", lambda: clock.now)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    # Of a run that goes on behind step 3.
+    bar = Bar(3, 9)
+    clock.now += 20
+    bar.write(5, {"loss": 2.5, "grad_norm": 7.7, "tokens_per_second": 12345.6, "mfu": 0.4125})
+    shown = screen.getvalue().rpartition("\r")[2]
+    # Of 9 steps 5 are made, 2 of them in 20 seconds: 4 take 40 more.
+    for part in ("5/9", "00:20<00:40", "loss=2.5000", "tokens/s=12,346", "MFU=41.2%"):
+        assert part in shown
+    assert "7.7" not in shown
+    clock.now += 20
+    bar.write(5, {"eval_loss": 2.25})
+    bar.write(9, {"loss": 2.0})
+    bar.close()
+    shown = screen.getvalue().rstrip().rpartition("\r")[2]
+    assert "9/9" in shown
+    assert "loss=2.0000" in shown
+
+
+def test_elsewhere_the_bar_is_silent(capsys):
+    bar = Bar(0, 2)
+    bar.write(1, {"loss": 2.5})
+    bar.close()
+    assert capsys.readouterr() == ("", "")
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what runs are begun with, and what they are told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs = []
+
+    def init(self, **settings):
+        self.runs.append(run := FakeRun(settings))
+        return run
+
+
+class FakeRun:
+    def __init__(self, settings):
+        self.settings, self.points, self.finished = settings, [], False
+
+    def log(self, row, step):
+        assert not self.finished
+        self.points.append((step, row))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_every_figure_and_a_workdir_keeps_its_run(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    settings = {"seed": 5}
+    for start in (0, 3):
+        for sink in open_sinks(one, ReportOptions(wandb_project="qwen"), start, 9, settings):
+            sink.write(start + 1, {"loss": 2.5, "mfu": 0.5})
+            sink.close()
+    WeightsAndBiases(other, "qwen", settings).close()
+    first, second, another = wandb.runs
+    assert (first.points, second.points, another.points) == (
+        [(1, {"loss": 2.5, "mfu": 0.5})],
+        [(4, {"loss": 2.5, "mfu": 0.5})],
+        [],
+    )
+    assert all(run.finished for run in wandb.runs)
+    for run, workdir in zip(wandb.runs, (one, one, other), strict=True):
+        assert run.settings["project"] == "qwen"
+        assert run.settings["config"] == settings
+        assert run.settings["dir"] == str(workdir)
+        # A run of that id is gone on with, and begun where there is none.
+        assert run.settings["resume"] == "allow"
+    assert first.settings["id"] == second.settings["id"] != another.settings["id"]
 
 
 @pytest.mark.parametrize(

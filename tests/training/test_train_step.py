@@ -21,7 +21,9 @@ from qwen_jax.training.train_step import (
 )
 from tests.models.passes import padding, random_ids
 from tests.reference import random_reference, save_reference
+from tests.sharding.models import make_config
 from tests.training.published import published
+from tests.training.test_loss import largest_array
 
 CASES = {
     "dense": ("qwen3", {}),
@@ -278,6 +280,22 @@ def test_masters_collect_what_bfloat16_would_lose(small):
         assert ours.dtype == jnp.float32
         assert (ours != before).any()
         assert (ours.astype(jnp.bfloat16) == before.astype(jnp.bfloat16)).mean() > 0.95
+
+
+def test_no_array_of_a_whole_step_has_the_size_of_all_logits():
+    B, T, V = 4, 64, 4096
+    model, optimiser = Decoder(make_config(vocab_size=V)), optax.adamw(1e-3)
+    state = abstract_train_state(model, optimiser)
+    batch = Batch(jax.ShapeDtypeStruct((B, T), jnp.int32))
+
+    def largest(block_size):
+        options = dataclasses.replace(EXACT, block_size=block_size)
+        step = make_train_step(model, optimiser, options)
+        return largest_array(step.trace(state, batch).lower().compile())
+
+    assert largest(B * T) >= B * T * V
+    # A block of logits, the head, and a layer's attention are less than a quarter of that.
+    assert largest(32) < B * T * V / 4
 
 
 def test_what_cannot_be_trained_is_refused(small):
