@@ -18,6 +18,7 @@ from qwen_jax.checkpoint.writer import copy_companions, save_pretrained, write_j
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import load_config
+from qwen_jax.inference.defaults import GenerationDefaults, load_generation_defaults
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.pretrained import load_pretrained, load_tokenizer
 from qwen_jax.provenance import provenance
@@ -92,7 +93,14 @@ def run(
     place = functools.partial(to_devices, mesh=model.mesh)
     if options.grpo is not None:
         step = make_grpo_step(
-            model, step, tokenizer, options.data, options.grpo, options.step, options.seed
+            model,
+            step,
+            tokenizer,
+            options.data,
+            options.grpo,
+            options.step,
+            options.seed,
+            _generation_defaults(options),
         )
         # Prompts stay on the host, which answers and judges before anything is learned.
         place = dict
@@ -119,6 +127,8 @@ def run(
             peak=_peak(options, model),
             every=options.report.every,
         )
+    if done > start:
+        tell(f"data of this process: {data.counts}")
     target = workdir / (MODEL if options.lora is None else ADAPTER)
     if done == options.loop.num_steps and (done > start or not target.exists()):
         _export(options, target, model, state)
@@ -208,7 +218,9 @@ def _evaluation(
         return None
     share = loader_share(model.mesh)
     if options.grpo is not None:
-        answer = make_grpo_evaluation(model, tokenizer, data, options.grpo, options.step.dtype)
+        answer = make_grpo_evaluation(
+            model, tokenizer, data, options.grpo, options.step.dtype, _generation_defaults(options)
+        )
         return lambda state: answer(state, make_loader(data, tokenizer, *share, goal.eval_form))
     loss = make_evaluation(model, options.step, goal.objective)
 
@@ -221,6 +233,12 @@ def _evaluation(
         )
 
     return evaluate
+
+
+def _generation_defaults(options: RunOptions) -> GenerationDefaults:
+    return load_generation_defaults(
+        resolve_source(options.model or options.tokenizer, weights=False)
+    )
 
 
 def _schedule(options: RunOptions, goal: Goal) -> optax.Schedule:
