@@ -1,7 +1,10 @@
 """Runs in child processes: killed and started again, stopped, damaged, refused."""
 
 import json
+import os
+import re
 import resource
+import shutil
 import signal
 import time
 
@@ -78,6 +81,17 @@ def log(workdir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def checkpoints(workdir):
+    """The steps of those that are complete."""
+    folders = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+
+def incomplete(workdir):
+    # Orbax's name for what is not complete.
+    return list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+
 def losses(workdir):
     return [(row["step"], row["loss"], row["tokens"]) for row in log(workdir) if "loss" in row]
 
@@ -91,8 +105,33 @@ def unbroken(start, config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
     code, out, err = finish(start(config, workdir))
     assert code == 0, err
-    assert "parameters trained:" in out
+    (workdir / "told.txt").write_text(out)
     return workdir
+
+
+def told(out):
+    """Of each line of the summary with its sizes: numbers, and megabytes a device."""
+    lines = re.findall(r"^(.+): ([\d,]+) numbers, ([\d,.]+) MB a device$", out, re.MULTILINE)
+    return {name: (int(n.replace(",", "")), float(m.replace(",", ""))) for name, n, m in lines}
+
+
+def count(tensors):
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def test_the_summary_counts_what_is_trained(unbroken):
+    out = (unbroken / "told.txt").read_text()
+    numbers = count(weights(unbroken))
+    sizes = told(out)
+    # Float32, and AdamW's two moments and its counters.
+    assert sizes.keys() == {"parameters trained", "optimiser"}
+    assert sizes["parameters trained"] == (numbers, pytest.approx(4e-6 * numbers, abs=0.051))
+    moments, megabytes = sizes["optimiser"]
+    assert 2 * numbers <= moments < 2 * numbers + 10
+    assert megabytes == pytest.approx(8e-6 * numbers, abs=0.051)
+    assert f"gradients: {4e-6 * numbers:.1f} MB in all; mesh: one device" in out
+    assert "step: 4 rows of 48, 192 tokens, " in out
+    assert f" TFLOP; {STEPS} steps, {192 * STEPS:,} tokens" in out
 
 
 def test_a_run_leaves_a_model_that_transformers_loads_and_its_curve(unbroken):
@@ -114,9 +153,13 @@ def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path,
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if moment == "a save":
-            # Orbax's name for what is not complete.
-            if list((tmp_path / "checkpoints").glob("*orbax-checkpoint-tmp*")):
-                break
+            if incomplete(tmp_path):
+                # It may have ended since: what stands still cannot.
+                process.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                if incomplete(tmp_path):
+                    break
+                process.send_signal(signal.SIGCONT)
         elif any(row["step"] >= int(moment.split()[1]) for row in log(tmp_path)):
             break
         time.sleep(0.001)
@@ -124,13 +167,16 @@ def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path,
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.communicate()
+    if moment == "a save":
+        assert incomplete(tmp_path)
     made = len(losses(tmp_path))
-    saved = [p.name for p in (tmp_path / "checkpoints").glob("*") if p.name.isdecimal()]
+    saved = checkpoints(tmp_path)
     code, _, err = finish(start(config, tmp_path))
     assert code == 0, err
     assert losses(tmp_path) == losses(unbroken)
+    assert not incomplete(tmp_path)
     print(
-        f"\n| {moment} | {made} of {STEPS} | {max(map(int, saved), default='none')} "
+        f"\n| {moment} | {made} of {STEPS} | {max(saved, default='none')} "
         f"| {losses(tmp_path)[-1][1]:.9f} | {losses(unbroken)[-1][1]:.9f} |"
     )
     ours, expected = weights(tmp_path), weights(unbroken)
@@ -159,13 +205,17 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_leaves_it_whole(
 
 
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, tmp_path):
-    process = start(config, tmp_path)
+    # No other checkpoint that it could go on from.
+    process = start(config, tmp_path, "--config.loop.checkpoint_every=1000")
     while process.poll() is None and not any(row["step"] >= 2 for row in log(tmp_path)):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 143, err
-    assert f"of {STEPS}, which is saved; start it again to go on" in err
+    line = rf"stopped at step (\d+) of {STEPS}, which is saved; start it again to go on\n"
+    stopped = int(re.fullmatch(line, err)[1])
+    assert checkpoints(tmp_path) == [stopped]
+    assert losses(tmp_path)[-1][0] == stopped
     assert not (tmp_path / "model").exists()
     code, _, err = finish(start(config, tmp_path))
     assert code == 0, err
@@ -175,12 +225,31 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, t
 
 
 def test_a_run_on_a_mesh_learns_what_one_device_does(start, config, unbroken, tmp_path):
-    process = start(config, tmp_path, "--config.mesh=fsdp:2,tensor:2", JAX_NUM_CPU_DEVICES="4")
+    process = start(
+        config,
+        tmp_path,
+        "--config.mesh=fsdp:2,tensor:2",
+        "--config.loop.keep=100",
+        JAX_NUM_CPU_DEVICES="4",
+    )
     code, out, err = finish(process)
     assert code == 0, err
     assert "mesh: fsdp:2,tensor:2" in out
-    for ours, expected in zip(losses(tmp_path), losses(unbroken), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    numbers, megabytes = told(out)["parameters trained"]
+    assert numbers == count(weights(unbroken))
+    # Norms are on every device.
+    assert 1e-6 * numbers - 0.051 <= megabytes < 1.2e-6 * numbers + 0.051
+    on_the_mesh = losses(tmp_path)
+    np.testing.assert_allclose(on_the_mesh, losses(unbroken), rtol=1e-4)
+    # As if it had been stopped behind step 14, it goes on without the mesh.
+    for step in checkpoints(tmp_path):
+        if step > 14:
+            shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    code, out, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    assert "mesh: one device" in out
+    assert losses(tmp_path)[:14] == on_the_mesh[:14]
+    np.testing.assert_allclose(losses(tmp_path), losses(unbroken), rtol=1e-4)
 
 
 def test_data_that_ends_too_soon_is_named(start, config, tmp_path):
@@ -212,10 +281,17 @@ def test_a_recipe_trains_adapters_that_peft_reads(start, config, tmp_path):
             "--config.data.length=256",
             "--config.data.batch_size=2",
             "--config.step.dtype=float32",
+            "--profile",
         )
     )
     assert code == 0, err
-    assert "parameters frozen:" in out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    sizes, adapter = told(out), tmp_path / "adapter" / "adapter_model.safetensors"
+    matrices = safetensors.numpy.load_file(adapter)
+    assert sizes["parameters trained"][0] == count(matrices)
+    # The scale of a pair of matrices is not trained.
+    frozen = count(safetensors.numpy.load_file(base / "model.safetensors")) + len(matrices) // 2
+    assert sizes["parameters frozen"][0] == frozen
     assert sorted(step for step, *_ in losses(tmp_path)) == [1, 2, 3]
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     ids = torch.tensor([[1, 2, 3]])
@@ -229,17 +305,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
 ):
     code, _, err = finish(start(config, tmp_path, f"--config.loop.num_steps={STEPS - 1}"))
     assert code == 0, err
-    checkpoints, shorter = tmp_path / "checkpoints", weights(tmp_path)
-    newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    directory, shorter = tmp_path / "checkpoints", weights(tmp_path)
+    before, newest = checkpoints(tmp_path)[-2:]
     assert newest == STEPS - 1
-    for file in (checkpoints / str(newest) / "state").rglob("*"):
+    for file in (directory / str(newest) / "state").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     code, _, err = finish(start(config, tmp_path))
     assert code == 0, err
     assert f"{newest}: cannot be read" in err
-    assert "the run goes on from step" in err
-    assert (checkpoints / "damaged" / str(newest)).is_dir()
+    assert f"the run goes on from step {before}" in err
+    assert (directory / "damaged" / str(newest)).is_dir()
     # The model is that of the last step, not the one that the shorter run had left.
     assert losses(tmp_path)[-1][0] == STEPS
     assert any((shorter[name] != tensor).any() for name, tensor in weights(tmp_path).items())
