@@ -12,7 +12,7 @@ Small, on two cores, behind the last stage of `pretrain.py`:
 
     python -m tools.train --config=configs/train/sft.py:small --workdir=runs/small/sft
 
-About two minutes; `eval_loss`, of answers to held-out problems, is 1.39 at step 50 and falls on.
+Two minutes; `eval_loss`, of answers to held-out problems, falls from 1.39 at step 50 to 1.18 at 200.
 """
 
 from ml_collections import ConfigDict
