@@ -13,8 +13,8 @@ Small, on two cores, behind the second stage of `pretrain.py`:
 
     python -m tools.train --config=configs/train/upcycle.py:small --workdir=runs/small/upcycle
 
-Under two minutes; `eval_loss` falls from 1.52 at step 50 to 1.41 at 150, below the 1.45 of the dense
-model that it began with.
+Under two minutes; `eval_loss` falls from 1.52 at step 50 to 1.41 at 150, below the 1.45 of the
+dense model that it began with.
 """
 
 from ml_collections import ConfigDict
