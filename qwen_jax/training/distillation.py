@@ -11,6 +11,7 @@ from qwen_jax.models.decoder import Decoder
 from qwen_jax.models.placement import arrange
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.divergence import divergence
 from qwen_jax.training.forward import as_computed, forward, output_head
 from qwen_jax.training.layers import Params
@@ -22,7 +23,7 @@ from qwen_jax.training.objective import (
     router_metrics,
     share,
 )
-from qwen_jax.training.step_options import TrainOptions
+from qwen_jax.training.step_options import DTYPES, TrainOptions
 
 # In the state's `beside`: the parameters that are learned from.
 TEACHER = "teacher"
@@ -50,12 +51,7 @@ class DistillationOptions:
     def __post_init__(self):
         if not self.teacher:
             raise UserError("teacher is empty; name a checkpoint")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype = {self.dtype} is not supported; known: float32, bfloat16")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature = {self.temperature} must be more than 0")
-        if not 0 < self.mix <= 1:
-            raise UserError(f"mix = {self.mix} must be more than 0 and at most 1")
+        check_fields(self, dtype=DTYPES, temperature=Bounds(above=0), mix=Bounds(above=0, most=1))
 
 
 @flax.struct.dataclass

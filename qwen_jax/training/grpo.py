@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
@@ -86,28 +87,22 @@ class GrpoOptions:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise UserError(f"rewards names {', '.join(names)}; give each once, with its weight")
-        least = {"group_size": 2, "max_new_tokens": 1, "updates": 1, "write_batch": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{name} = {value} must be at least {low}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(
-                f"temperature = {self.temperature} must be more than 0, so that answers differ"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1")
-        for name, most in (("clip_low", 1.0), ("clip_high", float("inf"))):
-            if not 0 < getattr(self, name) < most:
-                raise UserError(f"{name} = {getattr(self, name)} must be above 0 and below {most}")
-        if not 0 <= self.kl < float("inf"):
-            raise UserError(f"kl = {self.kl} must not be negative")
-        for name, kind in (("aggregation", Aggregation), ("cut_answers", CutAnswers)):
-            known = get_args(kind)
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(known)}"
-                )
+        some = Bounds(least=1)
+        check_fields(
+            self,
+            group_size=Bounds(least=2),
+            max_new_tokens=some,
+            # At 0 the answers of a group would not differ.
+            temperature=Bounds(above=0),
+            top_p=Bounds(above=0, most=1),
+            write_batch=some,
+            cut_answers=get_args(CutAnswers),
+            updates=some,
+            clip_low=Bounds(above=0, below=1),
+            clip_high=Bounds(above=0),
+            kl=Bounds(least=0),
+            aggregation=get_args(Aggregation),
+        )
 
 
 @flax.struct.dataclass

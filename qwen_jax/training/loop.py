@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from qwen_jax.errors import UserError
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.checkpoints import Checkpoints
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.report import Reporter, Sink
 from qwen_jax.training.train_step import TrainState
 
@@ -43,17 +44,15 @@ class LoopOptions:
     on_nonfinite: OnNonfinite = "stop"
 
     def __post_init__(self):
-        for name, least in (
-            ("num_steps", 1),
-            ("checkpoint_every", 1),
-            ("keep", 1),
-            ("eval_every", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
-        if self.on_nonfinite not in get_args(OnNonfinite):
-            known = ", ".join(get_args(OnNonfinite))
-            raise UserError(f"on_nonfinite = {self.on_nonfinite} is not supported; known: {known}")
+        some = Bounds(least=1)
+        check_fields(
+            self,
+            num_steps=some,
+            checkpoint_every=some,
+            keep=some,
+            eval_every=Bounds(least=0),
+            on_nonfinite=get_args(OnNonfinite),
+        )
 
 
 def train(

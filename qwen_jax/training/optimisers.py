@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ import jax
 import optax
 
 from qwen_jax.errors import UserError
+from qwen_jax.training.checks import Bounds, check_fields
 
 Name = Literal["adamw", "muon", "adafactor"]
 Schedule = Literal["constant", "cosine", "wsd"]
@@ -19,23 +19,6 @@ Schedule = Literal["constant", "cosine", "wsd"]
 _NOT_LINEAR_MAPS = r"(embed_tokens|lm_head|[qkv]_conv)/weight$"
 _OUT_IN = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 _MUON, _ADAMW = "muon", "adamw"
-
-_NOT_NEGATIVE = ("finite and at least 0", lambda value: value >= 0)
-_POSITIVE = ("finite and above 0", lambda value: value > 0)
-# At 1 a mean of gradients would never take any in.
-_MEAN = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "learning_rate": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "decay_steps": _NOT_NEGATIVE,
-    "final_learning_rate": ("at least 0 and at most 1", lambda value: 0 <= value <= 1),
-    "weight_decay": _NOT_NEGATIVE,
-    "clip_norm": _POSITIVE,
-    "b1": _MEAN,
-    "b2": _MEAN,
-    "eps": _POSITIVE,
-    "momentum": _MEAN,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +58,24 @@ class OptimiserOptions:
     momentum: float = 0.95
 
     def __post_init__(self):
-        for name, values in (("name", get_args(Name)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in values:
-                raise UserError(
-                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
-                )
-        for name, (words, holds) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UserError(f"{name} = {value} must be {words}")
+        some = Bounds(least=0)
+        # At 1 a mean of gradients would never take any in.
+        mean = Bounds(least=0, below=1)
+        check_fields(
+            self,
+            name=get_args(Name),
+            schedule=get_args(Schedule),
+            learning_rate=some,
+            warmup_steps=some,
+            decay_steps=some,
+            final_learning_rate=Bounds(least=0, most=1),
+            weight_decay=some,
+            clip_norm=Bounds(above=0),
+            b1=mean,
+            b2=mean,
+            eps=Bounds(above=0),
+            momentum=mean,
+        )
         if self.decay_steps and self.schedule != "wsd":
             raise UserError(
                 f"decay_steps = {self.decay_steps} is of schedule wsd, not of "

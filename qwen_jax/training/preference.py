@@ -6,11 +6,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.low_rank import detach, low_rank_weights
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
@@ -45,14 +45,12 @@ class PreferenceOptions:
     sft: float = 0.0
 
     def __post_init__(self):
-        if not 0 < self.beta < float("inf"):
-            raise UserError(f"beta = {self.beta} must be more than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(
-                f"label_smoothing = {self.label_smoothing} must be from 0 to less than 0.5"
-            )
-        if not 0 <= self.sft < float("inf"):
-            raise UserError(f"sft = {self.sft} must not be negative")
+        check_fields(
+            self,
+            beta=Bounds(above=0),
+            label_smoothing=Bounds(least=0, below=0.5),
+            sft=Bounds(least=0),
+        )
 
 
 @flax.struct.dataclass

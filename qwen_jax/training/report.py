@@ -16,6 +16,7 @@ import tqdm
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.chips import CHIPS
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.objective import Metrics
 
 LOG, CURVE = "metrics.jsonl", "loss.png"
@@ -41,10 +42,7 @@ class ReportOptions:
     peak_flops: float | None = None
 
     def __post_init__(self):
-        if self.every < 1:
-            raise UserError(f"every = {self.every} must be at least 1")
-        if self.peak_flops is not None and not self.peak_flops > 0:
-            raise UserError(f"peak_flops = {self.peak_flops} must be more than 0")
+        check_fields(self, every=Bounds(least=1), peak_flops=Bounds(above=0))
 
 
 class Sink(Protocol):

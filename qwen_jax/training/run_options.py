@@ -4,6 +4,7 @@ import dataclasses
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.training.checks import SEED, Bounds, check_fields
 from qwen_jax.training.data import DataOptions
 from qwen_jax.training.distillation import DistillationOptions
 from qwen_jax.training.grpo import GrpoOptions
@@ -35,10 +36,8 @@ class ConfigChanges:
     max_position_embeddings: int | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{field.name} = {value} must be more than 0")
+        some = Bounds(above=0)
+        check_fields(self, rope_theta=some, max_position_embeddings=some)
 
     def of(self, config: ModelConfig) -> ModelConfig:
         """`config` with the changes."""
@@ -105,8 +104,7 @@ class RunOptions:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed = {self.seed} must be at least 0 and less than 2**32")
+        check_fields(self, seed=SEED)
         if self.model is None and not self.from_scratch:
             raise UserError("model is missing; name a checkpoint, or set from_scratch")
         if self.model is None and self.tokenizer is None:

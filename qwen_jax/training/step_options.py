@@ -3,9 +3,11 @@
 import dataclasses
 from typing import get_args
 
-from qwen_jax.errors import UserError
 from qwen_jax.training.balancing import Pooling
+from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.layers import Remat
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +46,16 @@ class TrainOptions:
     block_size: int = 1024
 
     def __post_init__(self):
-        known = {
-            "dtype": ("float32", "bfloat16"),
-            "remat": get_args(Remat),
-            "balance_pooling": get_args(Pooling),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UserError(
-                    f"{name} = {getattr(self, name)} is not supported; known: {', '.join(values)}"
-                )
-        for name in ("z_loss", "balance_loss", "router_z_loss", "mtp_loss"):
-            if not (getattr(self, name) or 0.0) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
-        for name in ("block_size", "microbatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
+        some, coefficient = Bounds(least=1), Bounds(least=0)
+        check_fields(
+            self,
+            dtype=DTYPES,
+            remat=get_args(Remat),
+            balance_pooling=get_args(Pooling),
+            z_loss=coefficient,
+            balance_loss=coefficient,
+            router_z_loss=coefficient,
+            mtp_loss=coefficient,
+            block_size=some,
+            microbatches=some,
+        )

@@ -21,6 +21,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.hf_config import with_experts
 from qwen_jax.models.decoder import parameter_shapes
 from qwen_jax.sharding.axes import parameter_shardings
+from qwen_jax.training.checks import Bounds, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,7 @@ class UpcycleOptions:
 
     def __post_init__(self):
         self.spec(1)
-        if not 0 <= self.redrawn <= 1:
-            raise UserError(f"redrawn = {self.redrawn} must be from 0 to 1")
-        if not 0 <= self.aux_loss_coef < float("inf"):
-            raise UserError(f"aux_loss_coef = {self.aux_loss_coef} must not be negative")
+        check_fields(self, redrawn=Bounds(least=0, most=1), aux_loss_coef=Bounds(least=0))
 
     def spec(self, num_layers: int) -> MoeSpec:
         """The experts of a model with so many layers."""

@@ -270,7 +270,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 
 
 def test_a_change_that_is_none_is_refused():
-    with pytest.raises(UserError, match="rope_theta = -1 must be more than 0"):
+    with pytest.raises(UserError, match="rope_theta = -1 must be above 0"):
         ConfigChanges(rope_theta=-1)
 
 

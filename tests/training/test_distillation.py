@@ -221,9 +221,9 @@ def test_a_teacher_of_other_tokens_is_refused():
     [
         ("teacher", "", "teacher is empty; name a checkpoint"),
         ("dtype", "float16", "dtype = float16 is not supported; known: float32, bfloat16"),
-        ("temperature", 0.0, "temperature = 0.0 must be more than 0"),
-        ("mix", 0.0, "mix = 0.0 must be more than 0 and at most 1"),
-        ("mix", 1.1, "mix = 1.1 must be more than 0 and at most 1"),
+        ("temperature", 0.0, "temperature = 0.0 must be above 0"),
+        ("mix", 0.0, "mix = 0.0 must be above 0 and at most 1"),
+        ("mix", 1.1, "mix = 1.1 must be above 0 and at most 1"),
     ],
 )
 def test_options_that_are_none_are_refused(field, value, message):

@@ -435,10 +435,10 @@ def test_cut_answers_count_as_they_are_told():
     ("changes", "message"),
     [
         ({"group_size": 1}, "group_size = 1 must be at least 2"),
-        ({"temperature": 0.0}, "temperature = 0.0 must be more than 0"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p = 1.5 must be above 0 and at most 1"),
-        ({"clip_low": 1.0}, "clip_low = 1.0 must be above 0 and below 1.0"),
-        ({"kl": -0.1}, "kl = -0.1 must not be negative"),
+        ({"clip_low": 1.0}, "clip_low = 1.0 must be above 0 and below 1"),
+        ({"kl": -0.1}, "kl = -0.1 must be at least 0"),
         ({"updates": 0}, "updates = 0 must be at least 1"),
         ({"aggregation": "mean"}, "aggregation = mean is not supported; known: sequence, token"),
         ({"cut_answers": "drop"}, "cut_answers = drop is not supported; known: zero, judge, mask"),

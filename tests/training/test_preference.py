@@ -199,9 +199,9 @@ def test_what_it_does_not_learn_from_is_refused():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("beta", 0.0, "beta = 0.0 must be more than 0"),
-        ("label_smoothing", 0.5, "label_smoothing = 0.5 must be from 0 to less than 0.5"),
-        ("sft", float("nan"), "sft = nan must not be negative"),
+        ("beta", 0.0, "beta = 0.0 must be above 0"),
+        ("label_smoothing", 0.5, "label_smoothing = 0.5 must be at least 0 and below 0.5"),
+        ("sft", float("nan"), "sft = nan must be finite, at least 0"),
     ],
 )
 def test_options_that_are_none_are_refused(field, value, message):

@@ -173,8 +173,8 @@ def test_what_experts_cannot_be_cut_of_is_refused(dense):
     [
         ("num_experts", 1, "num_experts_per_tok = 2 is more than num_experts = 1"),
         ("intermediate_size", 0, "intermediate_size = 0 must be at least 1"),
-        ("redrawn", 1.5, "redrawn = 1.5 must be from 0 to 1"),
-        ("aux_loss_coef", -1.0, "aux_loss_coef = -1.0 must not be negative"),
+        ("redrawn", 1.5, "redrawn = 1.5 must be at least 0 and at most 1"),
+        ("aux_loss_coef", -1.0, "aux_loss_coef = -1.0 must be at least 0"),
     ],
 )
 def test_options_that_are_none_are_refused(field, value, message):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from qwen_jax.errors import UserError
+from qwen_jax.training.checks import SEED, Bounds, check_fields
 
 TooLong = Literal["cut", "truncate", "refuse"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -129,14 +130,17 @@ class DataOptions:
     def __post_init__(self):
         if not self.sources:
             raise UserError("sources is empty; name at least one file, directory or data set")
-        least = {"length": 2, "batch_size": 1, "packing_rows": 1, "threads": 0, "read_ahead": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {low}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed = {self.seed} must be from 0 to 2**32 - 1")
-        if self.epochs is not None and self.epochs < 1:
-            raise UserError(f"epochs = {self.epochs} must be at least 1, or None for ever")
+        some = Bounds(least=1)
+        check_fields(
+            self,
+            length=Bounds(least=2),
+            batch_size=some,
+            packing_rows=some,
+            seed=SEED,
+            epochs=some,
+            threads=Bounds(least=0),
+            read_ahead=some,
+        )
         weighted = [source for source in self.sources if source.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             bare = next(source for source in self.sources if source.weight is None)
