@@ -4,14 +4,19 @@ import dataclasses
 import importlib
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
 
+import qwen_jax
+from qwen_jax.checkpoint.conversion import convert
+from qwen_jax.checkpoint.peft_reader import load_adapter
 from qwen_jax.embedded.build import write_base
 from qwen_jax.embedded.samples import pairs, write_samples
 from qwen_jax.errors import UserError
+from qwen_jax.nn.low_rank import attach, low_rank_weights
 from qwen_jax.training.distillation import DistillationOptions
 from qwen_jax.training.lora import LoraOptions
 from qwen_jax.training.preference import PreferenceOptions
@@ -78,7 +83,7 @@ def trained(tmp_path_factory):
     write_samples(root / "data", 30, 4, seed=0)
     write_base(root / "base", 0, **TINY)
     write_base(root / "student", 0, **TINY | {"num_hidden_layers": 1})
-    done = {}
+    done, told = {}, {}
 
     def make(name, recipe, argument, **changes):
         if name not in done:
@@ -86,7 +91,7 @@ def trained(tmp_path_factory):
             # Its paths are relative to where one stands.
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                run(options, root / name, tell=lambda line: None)
+                run(options, root / name, tell=told.setdefault(name, []).append)
             done[name] = root / name
         return done[name]
 
@@ -99,7 +104,7 @@ def trained(tmp_path_factory):
                 return done[stage]
         return make("sft", "sft", "small")
 
-    make.chain, make.folder = chain, folder
+    make.chain, make.folder, make.told = chain, folder, told
     return make
 
 
@@ -215,6 +220,30 @@ def test_preferences_with_adapters_leave_an_adapter(trained):
     assert rows(workdir)[0][0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     tensors = safetensors.numpy.load_file(workdir / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in tensors)
+
+
+def test_adapters_beside_four_bits_learn_as_beside_what_the_bits_stand_for(trained):
+    few = trained.folder / "int4"
+    convert(trained.chain("long") / "model", few, "hf", quantize="int4")
+    workdirs = {
+        packed: trained(f"lora packed={packed}", "lora", "small", model=str(few), packed=packed)
+        for packed in (True, False)
+    }
+    ours, expected = (rows(workdirs[packed])[0] for packed in (True, False))
+    assert [row["step"] for row in ours] == [1, 2]
+    for row, wanted in zip(ours, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-4)
+    model, params = qwen_jax.load_pretrained(few, weights="packed")
+    adapter = load_adapter(workdirs[True] / "adapter", model.config)
+    ids = np.arange(9)[None]
+    run_model = jax.jit(lambda params: model.apply({"params": params}, ids).logits)
+    moved = run_model(attach(params, adapter)) - run_model(params)
+    assert np.isfinite(moved).all()
+    assert np.abs(moved).max() > 1e-4
+    # What was held is the packed base, and of each adapter its scale.
+    held = sum(leaf.size for leaf in jax.tree.leaves(params)) + len(list(low_rank_weights(adapter)))
+    assert f"parameters frozen: {held:,} numbers" in trained.told["lora packed=True"][0]
 
 
 def test_rewards_raise_what_the_short_start_left(trained):
