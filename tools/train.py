@@ -13,7 +13,7 @@ exits with 143.
 Of several processes, on a TPU pod, under Slurm or told by flags, each runs this command.
 """
 
-import contextlib
+import dataclasses
 
 from absl import flags
 
@@ -23,7 +23,7 @@ from qwen_jax.training.run import RunOptions, run
 from tools import command_line, config_flag, processes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives.", required=True)
-_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of the run to WORKDIR/profile.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of some steps to WORKDIR/profile.")
 flags.mark_flag_as_required("config")
 
 
@@ -36,16 +36,13 @@ def main() -> None:
     fields = {name: config[name] for name in config if name != "preset"}
     options = config_flag.from_config(fields, RunOptions, "config")
     processes.join(options.mesh, "--config.mesh")
-    import jax
-
     model, more = None, None
     if preset is not None:
         model, more = get_preset(preset), {"preset": preset}
-    trace = contextlib.nullcontext()
     if _PROFILE.value:
-        trace = jax.profiler.trace(str(workdir / "profile"))
-    with trace:
-        done = run(options, workdir, model, more=more)
+        report = dataclasses.replace(options.report, profile=True)
+        options = dataclasses.replace(options, report=report)
+    done = run(options, workdir, model, more=more)
     command_line.leave_if_stopped(done, options.loop.num_steps)
 
 

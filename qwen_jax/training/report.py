@@ -20,6 +20,8 @@ from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.objective import Metrics
 
 LOG, CURVE = "metrics.jsonl", "loss.png"
+# Lines whose steps are traced.
+_TRACED_LINES = 5
 # What Weights & Biases knows the run by.
 _WANDB_ID = "wandb_id"
 
@@ -34,12 +36,15 @@ class ReportOptions:
       wandb_project: of Weights & Biases; None for none.
       peak_flops: multiplications and additions that a device makes a second at most, in the dtype
         that is computed with; None for those of a known TPU, and no MFU on anything else.
+      profile: whether a trace is written to `WORKDIR/profile`, of the steps of five lines behind
+        the first, in which the programs are compiled.
     """
 
     every: int = 1
     tensorboard: bool = False
     wandb_project: str | None = None
     peak_flops: float | None = None
+    profile: bool = False
 
     def __post_init__(self):
         check_fields(self, every=Bounds(least=1), peak_flops=Bounds(above=0))
@@ -250,6 +255,29 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class Trace:
+    """`WORKDIR/profile`, for XProf and Perfetto."""
+
+    def __init__(self, workdir: Path):
+        self._directory, self._lines = workdir / "profile", 0
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Begins behind the first line, and ends some lines on."""
+        self._lines += 1
+        if self._lines == 1:
+            options = jax.profiler.ProfileOptions()
+            # Every call in Python would make the trace large and the steps slow.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
+        if self._lines == 1 + _TRACED_LINES:
+            jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """Ends it where the run ends before."""
+        if 1 <= self._lines <= _TRACED_LINES:
+            jax.profiler.stop_trace()
+
+
 def open_sinks(
     workdir: Path, options: ReportOptions, start: int, stop: int, settings: Mapping[str, Any]
 ) -> list[Sink]:
@@ -261,6 +289,8 @@ def open_sinks(
     if jax.process_index() != 0:
         return []
     sinks: list[Sink] = [Lines(workdir, start), Bar(start, stop)]
+    if options.profile:
+        sinks.append(Trace(workdir))
     if options.tensorboard:
         sinks.append(TensorBoard(workdir))
     if options.wandb_project is not None:

@@ -281,9 +281,11 @@ def test_a_recipe_trains_adapters_that_peft_reads(start, config, tmp_path):
             "--config.data.length=256",
             "--config.data.batch_size=2",
             "--config.step.dtype=float32",
+            "--profile",
         )
     )
     assert code == 0, err
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     sizes, adapter = told(out), tmp_path / "adapter" / "adapter_model.safetensors"
     matrices = safetensors.numpy.load_file(adapter)
     assert sizes["parameters trained"][0] == count(matrices)
