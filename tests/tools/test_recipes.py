@@ -128,7 +128,7 @@ def test_settings_are_accepted_at_full_size_and_small(recipe, argument):
     for name in ("preference", "distillation", "grpo", "upcycle", "lora", "changes"):
         assert (getattr(full, name) is None) == (getattr(tiny, name) is None)
     assert tiny.eval_data is not None
-    assert tiny.data.batch_size * tiny.data.length <= 4096
+    assert tiny.data.batch_size * tiny.data.length <= 8192
     assert tiny.data.length <= full.data.length
 
 
@@ -246,7 +246,7 @@ def test_adapters_beside_four_bits_learn_as_beside_what_the_bits_stand_for(train
     assert f"parameters frozen: {held:,} numbers" in trained.told["lora packed=True"][0]
 
 
-def test_rewards_raise_what_the_short_start_left(trained):
+def test_answers_are_written_judged_and_learned_behind_a_short_start(trained):
     start = trained("grpo-start", "grpo", "start")
     assert rows(start)[1][-1]["eval_tokens"] > 20
     small_options = small("grpo", "small")
