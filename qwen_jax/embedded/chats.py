@@ -21,16 +21,16 @@ CALCULATOR = {
 
 # Of how many problems one is of a kind: what takes the most learning has the most.
 _SHARES = {
-    "add": 20,
-    "subtract": 20,
-    "multiply": 22,
+    "add": 22,
+    "subtract": 22,
+    "multiply": 18,
     "look up": 14,
-    "sort": 12,
-    "reverse": 6,
-    "translate": 6,
+    "sort": 10,
+    "reverse": 7,
+    "translate": 7,
 }
 # Of the problems with an expression, how many are asked with a calculator at hand.
-_WITH_CALCULATOR = 0.06
+_WITH_CALCULATOR = 0.08
 
 
 def chats(seed: int, count: int, held_out: bool) -> Iterator[dict[str, Any]]:

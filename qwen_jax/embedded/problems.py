@@ -19,8 +19,7 @@ class Problem:
 
     Attributes:
       kind: as in `KINDS`.
-      operands: what identifies it, whatever its wording and whatever order leaves the answer as it
-        is; the split is by this.
+      operands: what identifies it, whatever its wording; the split is by this.
       question: as a user asks.
       steps: the way to the answer, a line each.
       answer: right, and nothing else.
@@ -48,10 +47,6 @@ def draw(rng: random.Random, kind: str, held_out: bool) -> Problem:
     return problem
 
 
-def _in_any_order(*numbers: int) -> str:
-    return " ".join(map(str, sorted(numbers)))
-
-
 def _number(rng: random.Random, digits: int) -> int:
     """With so many digits at most; each length as likely."""
     size = rng.randint(1, digits)
@@ -62,7 +57,7 @@ def _add(rng: random.Random) -> Problem:
     a, b = _number(rng, 5), _number(rng, 5)
     question = _ask(rng, ["What is {}+{}?", "{}+{}=?", "Add {} and {}.", "{}加{}等于多少？"], a, b)
     steps = _columns(a, b, "+", lambda p, q, carry: p + q + carry)
-    return Problem("add", _in_any_order(a, b), question, steps, str(a + b), f"{a}+{b}")
+    return Problem("add", f"{a} {b}", question, steps, str(a + b), f"{a}+{b}")
 
 
 def _subtract(rng: random.Random) -> Problem:
@@ -80,7 +75,7 @@ def _multiply(rng: random.Random) -> Problem:
         rng, ["What is {}*{}?", "{}*{}=?", "Multiply {} by {}.", "{}乘{}等于多少？"], a, b
     )
     steps = _columns(a, int(str(b) * len(str(a))), "*", lambda p, q, carry: p * q + carry)
-    return Problem("multiply", _in_any_order(a, b), question, steps, str(a * b), f"{a}*{b}")
+    return Problem("multiply", f"{a} {b}", question, steps, str(a * b), f"{a}*{b}")
 
 
 def _ask(rng: random.Random, wordings: list[str], *parts: object) -> str:
@@ -133,7 +128,7 @@ _FILLERS = (
 
 
 def _sort(rng: random.Random) -> Problem:
-    numbers = [_number(rng, 2) for _ in range(rng.randint(3, 5))]
+    numbers = [_number(rng, 2) for _ in range(rng.randint(3, 6))]
     text = " ".join(map(str, numbers))
     question = rng.choice(["Sort {}.", "Put in order: {}", "排序：{}"]).format(text)
     steps, left = [], list(numbers)
@@ -142,7 +137,7 @@ def _sort(rng: random.Random) -> Problem:
         left.remove(least)
         steps.append(f"{least}:{' '.join(map(str, left))}")
     answer = " ".join(map(str, sorted(numbers)))
-    return Problem("sort", _in_any_order(*numbers), question, tuple(steps), answer)
+    return Problem("sort", text, question, tuple(steps), answer)
 
 
 def _reverse(rng: random.Random) -> Problem:

@@ -24,7 +24,7 @@ def draw_problems(answers: Sequence[Answer], title: str, path: Path) -> None:
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(ylim=(0, 1.05), ylabel="right", title=title)
     axes.grid(True, axis="y", alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
