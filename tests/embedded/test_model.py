@@ -70,7 +70,8 @@ def test_it_is_right_with_thinking_and_weaker_without(answers):
 
     assert share(True, *KINDS) >= 0.95
     for kind in KINDS:
-        assert share(True, kind) >= 0.8, kind
+        # None is beyond it: of twelve that are right 9 times in 10, fewer than 8 are one in 200.
+        assert share(True, kind) >= 8 / 12, kind
     assert share(False, *KINDS) <= share(True, *KINDS) - 0.2
     assert share(False, *ARITHMETIC) <= 0.6
 
