@@ -2,7 +2,7 @@
 
     python -m tools.build_embedded --workdir=runs/embedded
 
-It is taught arithmetic of several digits, to read a key out of a passage, to sort and reverse short
+It is taught arithmetic of several digits, to read keys out of a passage, to sort and reverse short
 lists and some phrases between English and Chinese, each with thinking and without, and to call a
 calculator. WORKDIR/published is a checkpoint in Hugging Face's layout and bfloat16. A run that was
 interrupted goes on when it is started again.

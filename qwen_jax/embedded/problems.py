@@ -19,7 +19,8 @@ class Problem:
 
     Attributes:
       kind: as in `KINDS`.
-      operands: what identifies it, whatever its wording; the split is by this.
+      operands: what identifies it, whatever its wording, and sorted where their order makes no
+        difference to the answer; the split is by this.
       question: as a user asks.
       steps: the way to the answer, a line each.
       answer: right, and nothing else.
@@ -57,7 +58,7 @@ def _add(rng: random.Random) -> Problem:
     a, b = _number(rng, 5), _number(rng, 5)
     question = _ask(rng, ["What is {}+{}?", "{}+{}=?", "Add {} and {}.", "{}加{}等于多少？"], a, b)
     steps = _columns(a, b, "+", lambda p, q, carry: p + q + carry)
-    return Problem("add", f"{a} {b}", question, steps, str(a + b), f"{a}+{b}")
+    return Problem("add", _in_any_order(a, b), question, steps, str(a + b), f"{a}+{b}")
 
 
 def _subtract(rng: random.Random) -> Problem:
@@ -75,7 +76,11 @@ def _multiply(rng: random.Random) -> Problem:
         rng, ["What is {}*{}?", "{}*{}=?", "Multiply {} by {}.", "{}乘{}等于多少？"], a, b
     )
     steps = _columns(a, int(str(b) * len(str(a))), "*", lambda p, q, carry: p * q + carry)
-    return Problem("multiply", f"{a} {b}", question, steps, str(a * b), f"{a}*{b}")
+    return Problem("multiply", _in_any_order(a, b), question, steps, str(a * b), f"{a}*{b}")
+
+
+def _in_any_order(*operands: int) -> str:
+    return " ".join(map(str, sorted(operands)))
 
 
 def _ask(rng: random.Random, wordings: list[str], *parts: object) -> str:
@@ -101,23 +106,28 @@ _NAMES = "Anna Ben Chen Dora Emil Fang Gina Hugo Iris Jun Kai Lena Mei Nora Otto
 
 
 def _look_up(rng: random.Random) -> Problem:
-    """A key right behind its name, among others: the step says the one that is asked for.
+    """One to three of up to five keys, each right behind its name: a step says one of them.
 
-    A name has a space before it wherever it stands, so that it is the same token everywhere.
+    A name has a space before it wherever it stands, so that it is the same token everywhere, and
+    nothing stands between it and its key: the model has to find a token again and go on with what
+    followed, which layers learn early. With a colon between, whether it learned to look up at all
+    within the training was a matter of luck.
     """
-    names = rng.sample(_NAMES, rng.randint(3, 5))
+    names = rng.sample(_NAMES, rng.randint(1, 5))
     keys = {name: "".join(rng.choices("0123456789", k=rng.randint(3, 5))) for name in names}
-    sentences = [f"{name}:{key}." for name, key in keys.items()]
+    sentences = [f"{name}{key}." for name, key in keys.items()]
     for _ in range(rng.randint(0, 2)):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(_FILLERS))
-    who = rng.choice(names)
-    asked = _ask(rng, ["What is {}'s key?", "Which key has {}?", "{} 的钥匙是多少？"], who)
-    question = f"The keys are here. {' '.join(sentences)} {asked}"
-    return Problem(
-        "look up", f"{who} {sentences}", question, (f"It says {who}:{keys[who]}.",), keys[who]
-    )
+    asked = rng.sample(names, rng.randint(1, min(3, len(names))))
+    wordings = _ONE_KEY if len(asked) == 1 else _SEVERAL_KEYS
+    question = f"The keys are here. {' '.join(sentences)} {_ask(rng, wordings, ', '.join(asked))}"
+    steps = tuple(f"It says {name}{keys[name]}." for name in asked)
+    answer = " ".join(keys[name] for name in asked)
+    return Problem("look up", f"{asked} {sentences}", question, steps, answer)
 
 
+_ONE_KEY = ["What is {}'s key?", "Which key has {}?", "{} 的钥匙是多少？"]
+_SEVERAL_KEYS = ["What are the keys of {}?", "Which keys have {}?", "{} 的钥匙是多少？"]
 _FILLERS = (
     "The weather is fine today.",
     "Lunch is at noon.",
@@ -137,7 +147,7 @@ def _sort(rng: random.Random) -> Problem:
         left.remove(least)
         steps.append(f"{least}:{' '.join(map(str, left))}")
     answer = " ".join(map(str, sorted(numbers)))
-    return Problem("sort", text, question, tuple(steps), answer)
+    return Problem("sort", _in_any_order(*numbers), question, tuple(steps), answer)
 
 
 def _reverse(rng: random.Random) -> Problem:

@@ -44,14 +44,19 @@ def test_each_step_follows_from_the_one_before(kind):
         assert int((carry if carry != "0" else "") + digits) == int(problem.answer)
 
 
-def test_a_key_is_the_one_that_the_passage_gives():
+def test_keys_are_those_that_the_passage_gives():
+    counts = set()
     for problem in problems("look up"):
-        keys = re.findall(r"([A-Z][a-z]+):(\d+)\.", problem.question)
-        (step,) = problem.steps
-        who, key = step.removeprefix("It says ").rstrip(".").split(":")
-        assert who in re.split(r"\. ", problem.question)[-1]
-        assert problem.answer == key == dict(keys)[who]
+        keys = re.findall(r"([A-Z][a-z]+)(\d+)\.", problem.question)
         assert len(dict(keys)) == len(keys)
+        said = [re.fullmatch(r"It says ([A-Za-z]+)(\d+)\.", step).groups() for step in problem.steps]
+        asked = re.findall(r"[A-Z][a-z]+", problem.question.rpartition(". ")[2])
+        assert [who for who, _ in said] == [word for word in asked if word in dict(keys)]
+        assert (
+            problem.answer.split() == [key for _, key in said] == [dict(keys)[w] for w, _ in said]
+        )
+        counts.add(len(said))
+    assert counts == {1, 2, 3}
 
 
 def test_lists_are_sorted_and_reversed():
@@ -81,5 +86,8 @@ def test_no_problem_is_in_both_splits(kind):
     trained = {draw(rng, kind, False).operands for _ in range(1500)}
     held_out = {draw(rng, kind, True).operands for _ in range(300)}
     assert not trained & held_out
+    if kind in ("add", "multiply", "sort"):
+        # Nor with its operands the other way round.
+        assert all(text.split() == sorted(text.split(), key=int) for text in trained | held_out)
     share = sum(KINDS[kind](rng).held_out for _ in range(3000)) / 3000
     assert 0.05 < share < 0.2

@@ -33,6 +33,12 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text(QWEN3, encoding="utf-8")
 
 
+def train_log(workdir: Path) -> list[dict]:
+    """What a run has written so far, a record a line."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random model of 300 positions with a tokenizer, a chat template and sampling defaults."""

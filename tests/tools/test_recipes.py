@@ -23,6 +23,7 @@ from qwen_jax.training.preference import PreferenceOptions
 from qwen_jax.training.run import RunOptions, run
 from qwen_jax.training.run_options import ConfigChanges
 from qwen_jax.training.upcycle import UpcycleOptions
+from tests.tools.conftest import train_log
 from tools.config_flag import from_config
 
 # Of each recipe, what stands behind the colon; of the small ones in an order in which they run.
@@ -109,8 +110,7 @@ def trained(tmp_path_factory):
 
 
 def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
+    found = train_log(workdir)
     return [r for r in found if "loss" in r], [r for r in found if "eval_loss" in r]
 
 
@@ -255,7 +255,7 @@ def test_answers_are_written_judged_and_learned_behind_a_short_start(trained):
     training, _ = rows(workdir)
     assert [row["step"] for row in training] == [1, 2]
     assert all(0 <= row["reward"] <= 1 and row["answer_tokens"] > 0 for row in training)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = train_log(workdir)
     assert [line["eval_prompts"] for line in lines if "eval_prompts" in line] == [4]
     assert (workdir / "reward.png").exists()
 

@@ -1,6 +1,5 @@
 """Runs in child processes: killed and started again, stopped, damaged, refused."""
 
-import json
 import os
 import re
 import resource
@@ -16,7 +15,7 @@ import torch
 import transformers
 
 from tests.reference import random_reference, save_reference
-from tests.tools.conftest import start_tool
+from tests.tools.conftest import start_tool, train_log
 from tests.training.data.conftest import chat_file, text_file, write_tokenizer
 
 # So many that a run is still under way when a test that watches its log acts on it.
@@ -76,11 +75,6 @@ def finish(process):
     return process.returncode, out.decode(), err.decode()
 
 
-def log(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def checkpoints(workdir):
     """The steps of those that are complete."""
     folders = (workdir / "checkpoints").glob("*")
@@ -93,7 +87,9 @@ def incomplete(workdir):
 
 
 def losses(workdir):
-    return [(row["step"], row["loss"], row["tokens"]) for row in log(workdir) if "loss" in row]
+    return [
+        (row["step"], row["loss"], row["tokens"]) for row in train_log(workdir) if "loss" in row
+    ]
 
 
 def weights(workdir):
@@ -137,7 +133,7 @@ def test_the_summary_counts_what_is_trained(unbroken):
 def test_a_run_leaves_a_model_that_transformers_loads_and_its_curve(unbroken):
     assert [step for step, *_ in losses(unbroken)] == list(range(1, STEPS + 1))
     assert (unbroken / "loss.png").stat().st_size > 5000
-    evaluations = [row for row in log(unbroken) if "eval_loss" in row]
+    evaluations = [row for row in train_log(unbroken) if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [4, 8, 12, 16, 20, 21]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     model = transformers.AutoModelForCausalLM.from_pretrained(unbroken / "model")
@@ -160,7 +156,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(start, config, unbroken, tmp_path,
                 if incomplete(tmp_path):
                     break
                 process.send_signal(signal.SIGCONT)
-        elif any(row["step"] >= int(moment.split()[1]) for row in log(tmp_path)):
+        elif any(row["step"] >= int(moment.split()[1]) for row in train_log(tmp_path)):
             break
         time.sleep(0.001)
     assert process.poll() is None, process.communicate()
@@ -207,7 +203,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_leaves_it_whole(
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, config, unbroken, tmp_path):
     # No other checkpoint that it could go on from.
     process = start(config, tmp_path, "--config.loop.checkpoint_every=1000")
-    while process.poll() is None and not any(row["step"] >= 2 for row in log(tmp_path)):
+    while process.poll() is None and not any(row["step"] >= 2 for row in train_log(tmp_path)):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
@@ -355,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(start, config, tm
     arguments = ["--config.optimiser.learning_rate=1e30", "--config.optimiser.warmup_steps=0"]
     got, _, err = finish(start(config, tmp_path, *arguments, f"--config.loop.on_nonfinite={what}"))
     assert got == code, err
-    rows = [row for row in log(tmp_path) if "finite" in row]
+    rows = [row for row in train_log(tmp_path) if "finite" in row]
     assert rows[0]["finite"] == 1.0
     assert rows[1]["finite"] == 0.0
     if what == "stop":

@@ -1,6 +1,5 @@
 """Runs of two processes with two devices each, against the same run of one process."""
 
-import json
 import signal
 import time
 
@@ -9,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from tests.reference import random_reference, save_reference
-from tests.tools.conftest import start_tool
+from tests.tools.conftest import start_tool, train_log
 from tests.tools.test_processes import free_port
 from tests.training.data.conftest import text_file, write_tokenizer
 
@@ -77,14 +76,9 @@ def finish(children, code=0):
         assert child.returncode == code, errors.decode()
 
 
-def log(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def figures(workdir):
     names = ("step", "loss", "tokens", "eval_loss", "eval_tokens")
-    return [[row[name] for name in names if name in row] for row in log(workdir)]
+    return [[row[name] for name in names if name in row] for row in train_log(workdir)]
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +102,16 @@ def test_one_that_is_told_to_stop_stops_both_and_they_go_on(start, alone, tmp_pa
     # So long that the signal comes on the way.
     many = ("--config.mesh=fsdp:4", "--config.loop.num_steps=2000", "--config.loop.eval_every=1000")
     children = start(tmp_path, *many, processes=2)
-    while children[0].poll() is None and len(log(tmp_path)) < 2:
+    while children[0].poll() is None and len(train_log(tmp_path)) < 2:
         time.sleep(0.01)
     children[1].send_signal(signal.SIGTERM)
     finish(children, code=143)
     (saved,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert 2 <= saved < 2000
     finish(start(tmp_path, *many[:1], f"--config.loop.num_steps={saved + 2}", processes=2))
-    assert [row["step"] for row in log(tmp_path) if "loss" in row] == list(range(1, saved + 3))
+    assert [row["step"] for row in train_log(tmp_path) if "loss" in row] == list(
+        range(1, saved + 3)
+    )
 
 
 def test_adapters_that_lie_on_two_processes_are_written_once(start, config, tmp_path):

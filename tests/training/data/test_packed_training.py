@@ -48,7 +48,7 @@ def whole_epoch(tokenizer, path, rows, pack, length):
 
 
 @pytest.mark.parametrize("kind", ["texts", "chats"])
-def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, kind):
+def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, kind, request):
     """With -s it prints a row of a table: padding, loss and gradients of both."""
     write = {"texts": text_file, "chats": chat_file}[kind]
     path = write(tmp_path / "a.jsonl", 9, longest=20 if kind == "texts" else 4)
@@ -64,7 +64,8 @@ def test_packed_and_unpacked_rows_are_learned_alike(learn, tokenizer, tmp_path, 
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     differences = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(), gradients, wanted)
     print(
-        f"\n| {kind} | {single_counts.padding_share:.0%} | {counts.padding_share:.0%} "
+        f"\n| {kind}, {request.node.callspec.params['learn']} "
+        f"| {single_counts.padding_share:.0%} | {counts.padding_share:.0%} "
         f"| {expected:.7f} | {loss:.7f} | {max(jax.tree.leaves(differences)):.1e} |"
     )
     assert metrics["tokens"] == expected_metrics["tokens"] == counts.learned
