@@ -12,7 +12,7 @@ Small, on two cores, behind the last stage of `pretrain.py`:
 
     python -m tools.train --config=configs/train/sft.py:small --workdir=runs/small/sft
 
-Two minutes; `eval_loss`, of answers to held-out problems, went from 1.46 at step 50 to 1.11.
+Two minutes; `eval_loss`, of answers to held-out problems, went from 1.51 at step 50 to 1.23.
 """
 
 from ml_collections import ConfigDict
