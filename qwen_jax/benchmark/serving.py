@@ -1,0 +1,143 @@
+"""An engine in a process of its own, which does its work again for each line that it reads.
+
+Of its own, because how a process's memory and threads are managed is a part of the time, and each
+engine is to run as its users run it. Run as a module, `python -m qwen_jax.benchmark.serving ENGINE
+JSON`, where the JSON has `Task`'s fields; each answer is JSON with `Reading`'s. A script of another
+package that does the same can be measured by `Child` too.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.benchmark.training import TRAINERS
+from qwen_jax.errors import UserError
+
+OWN_ENGINE = "qwen_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Attributes:
+    kind: "generate" or "train".
+    directory: of the checkpoint.
+    rows, length, steps: as `works.Work` has them.
+    vocab_size: random tokens are below it.
+    mesh: of the devices, for this package.
+    """
+
+    kind: str
+    directory: str
+    rows: int
+    length: int
+    steps: int
+    vocab_size: int
+    mesh: str | None = None
+
+    def ids(self) -> np.ndarray:
+        """Random tokens [rows, length], the same for every engine."""
+        return np.random.default_rng(0).integers(0, self.vocab_size, (self.rows, self.length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Attributes:
+    seconds: figure -> how long it took.
+    outcome: what came of the work, for a comparison with others: chosen tokens, or a loss.
+    """
+
+    seconds: dict[str, float]
+    outcome: list[float]
+
+
+class Child:
+    """A process that works when it is told to; a context manager, at whose end it is killed."""
+
+    def __init__(self, name: str, task: Task, command: Sequence[str] | None = None):
+        """Starts it.
+
+        Args:
+          name: of the engine.
+          task: what to do each time.
+          command: of a script of another package; its last argument will be the task.
+        """
+        self.name = name
+        command = command or [sys.executable, "-m", __name__, name]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [*command, json.dumps(dataclasses.asdict(task))], text=True, **pipes
+        )
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def work(self) -> Reading:
+        """Has it work once.
+
+        Raises:
+          UserError: it has ended; tells the last line of its errors.
+        """
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        line = self._process.stdout.readline()
+        if not line:
+            last = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"measuring {self.name} failed: {last[0]}")
+        return Reading(**json.loads(line))
+
+
+def worker(engine: str, task: Task) -> Callable[[], Reading]:
+    """A function that does the task once, with everything loaded."""
+    ids, directory = task.ids(), Path(task.directory)
+    if task.kind == "train":
+        step = TRAINERS[engine](directory, ids)
+
+        def train() -> Reading:
+            start = time.perf_counter()
+            loss = step()
+            return Reading({"train step": time.perf_counter() - start}, [loss])
+
+        return train
+
+    from qwen_jax.benchmark.engines import ENGINES
+
+    loaded = ENGINES[engine](directory, task.mesh)
+
+    def generate() -> Reading:
+        start = time.perf_counter()
+        tokens = [loaded.prefill(ids)]
+        middle = time.perf_counter()
+        seconds = {"prefill": middle - start}
+        if task.steps:
+            tokens.append(loaded.decode(task.steps))
+            seconds["decode"] = time.perf_counter() - middle
+        return Reading(seconds, np.concatenate(tokens, axis=1).ravel().tolist())
+
+    return generate
+
+
+def _serve(engine: str, fields: dict[str, Any]) -> None:
+    work = worker(engine, Task(**fields))
+    for _ in sys.stdin:
+        print(json.dumps(dataclasses.asdict(work())), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        _serve(sys.argv[1], json.loads(sys.argv[2]))
+    except UserError as error:
+        sys.exit(str(error))
