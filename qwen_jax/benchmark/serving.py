@@ -8,6 +8,7 @@ package that does the same can be measured by `Child` too.
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ class Child:
         """Has it work once.
 
         Raises:
-          UserError: it has ended; tells the last line of its errors.
+          UserError: it has ended; tells why.
         """
         try:
             self._process.stdin.write("\n")
@@ -95,8 +96,10 @@ class Child:
             pass
         line = self._process.stdout.readline()
         if not line:
-            last = self._process.stderr.read().strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"measuring {self.name} failed: {last[0]}")
+            lines = self._process.stderr.read().strip().splitlines() or ["no message"]
+            # An exception's own line, which JAX puts remarks behind.
+            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+            raise UserError(f"measuring {self.name} failed: {(errors or lines)[-1]}")
         return Reading(**json.loads(line))
 
 

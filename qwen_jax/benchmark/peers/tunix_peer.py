@@ -32,7 +32,8 @@ def load(directory: Path):
         rope_theta=theta,
         use_tied_embedding=fields["tie_word_embeddings"],
     )
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"))
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=automatic)
     model = create_model_from_safe_tensors(str(directory), config, mesh, dtype=jnp.float32)
     return model, nnx.split(model)
 
