@@ -65,10 +65,11 @@ def draw_speeds(rows: Sequence[Row], path: Path) -> None:
         for y, aim in aims:
             if aim is not None:
                 axes.plot([scale * aim] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
-        axes.plot([], [], color="black", linewidth=2, label="aim")
         axes.grid(axis="x", alpha=0.3)
     ratio_axes.axvline(1, color="grey", linewidth=1)
+    if any(row.aim_ratio or row.aim_share for row in rows):
+        ratio_axes.plot([], [], color="black", linewidth=2, label="aim")
     ratio_axes.set(yticks=places, yticklabels=[row.what for row in rows], xlabel="times as good")
     share_axes.set(xlabel="% of the machine's limit")
-    ratio_axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(peers) + 1, fontsize="small")
     figure.savefig(path, dpi=120)
