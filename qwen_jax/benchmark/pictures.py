@@ -22,8 +22,8 @@ def draw_dispatch(rows: Sequence[DispatchRow], title: str, path: Path) -> None:
         timed = [row for row in own if row.median is not None]
         counts = [row.num_tokens for row in timed]
         spread = [
-            [row.median - min(row.values) for row in timed],
-            [max(row.values) - row.median for row in timed],
+            [row.median - min(row.seconds) for row in timed],
+            [max(row.seconds) - row.median for row in timed],
         ]
         medians = [row.median for row in timed]
         time_axes.errorbar(counts, medians, spread, marker="o", capsize=3, label=method.value)
