@@ -11,13 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("qwen_jax", "tools", "configs")
-# Peers are scripts for environments of their own.
-SOURCES = [
-    path
-    for room in ROOMS
-    for path in sorted((ROOT / room).rglob("*.py"))
-    if path.parent.name != "peers"
-]
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 FAMILY_ROOMS = ("nn", "models", "inference", "evaluation")
 # Distributions that do not bear the name of what is imported from them.
 DISTRIBUTIONS = {"absl": "absl-py", "google": "protobuf", "orbax": "orbax-checkpoint"}

@@ -1,31 +1,25 @@
-"""Speed and memory beside transformers, in one run, and as shares of the machine's own limits.
+"""Speed and memory beside transformers, on one checkpoint, in one run.
 
     python -m tools.benchmark --model=DIR --workdir=results
-    python -m tools.benchmark --model=qwen3-0.6b --workdir=results --batch_size=8
-    python -m tools.benchmark --workload=table --workdir=results
+    python -m tools.benchmark --model=qwen3-0.6b --workdir=results
     python -m tools.benchmark --workload=train --model=configs/benchmark/train_step \\
         --workdir=results
     python -m tools.benchmark --workload=dispatch --model=qwen3-30b-a3b --workdir=results
 
 A preset's name, or a directory with config.json alone, stands for random weights of that shape,
-written by transformers in bfloat16 into --workdir. Everything runs in float32, each engine in a
-process of its own, turn by turn; what they do is compared as well. How fast the machine reads
-memory and multiplies matrices is measured before each repeat. Medians are printed with the lowest
-and the highest figure, ratios above 1 being in this package's favour; results.jsonl gets every
-measurement with what it was made with, table.md the table and speed.png its picture. Needs
-requirements-dev.txt.
+written by transformers in bfloat16 into --workdir. Everything runs in float32. Medians are printed
+with the lowest and the highest figure, and results.jsonl gets every measurement with what it was
+made with. Needs requirements-dev.txt.
 
---workload=table measures all that README.md's table has, --only=NAME,... some of it, and goes on
-where it was interrupted. --peer_python=PYTHON measures another package beside, in the environment
-of that interpreter: google-tunix, by qwen_jax/benchmark/peers/tunix_peer.py, on Qwen3's dense
-models. --compare=OLD.jsonl tells what has changed since an earlier run.
-
---workload=dispatch measures the ways of running one mixture-of-experts layer of the model's shape
-instead, with random weights and without the reference, and draws dispatch.png.
+--workload=train measures train steps of AdamW, each engine in a process of its own, and checks that
+both have the same losses. --workload=dispatch measures the ways of running one mixture-of-experts
+layer of the model's shape instead, with random weights and without the reference, and draws
+dispatch.png.
 """
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +29,11 @@ from absl import flags
 
 from configs.models import get_preset, names_a_preset
 from qwen_jax.benchmark.dispatch import DispatchRow, measure_dispatch
-from qwen_jax.benchmark.engines import ENGINES, MOST_STEPS
+from qwen_jax.benchmark.engines import ENGINES
 from qwen_jax.benchmark.loading import measure_load
-from qwen_jax.benchmark.measure import Measured, measure
-from qwen_jax.benchmark.pictures import draw_dispatch, draw_speeds
-from qwen_jax.benchmark.report import Row, comparison, read_rows, rows_of, table, three_digits
-from qwen_jax.benchmark.works import START, TABLE, Work
+from qwen_jax.benchmark.pictures import draw_dispatch
+from qwen_jax.benchmark.throughput import measure_throughput
+from qwen_jax.benchmark.training import measure_training
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -50,22 +43,21 @@ from qwen_jax.hf_config import load_config
 from qwen_jax.nn.moe import Dispatch, choose_dispatch
 from qwen_jax.provenance import provenance
 from qwen_jax.reference import import_reference
-from tools import command_line, jsonl_rows, mesh_flag
+from tools import command_line, mesh_flag
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint or preset.")
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint or preset.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=True)
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 512, "Tokens to prefill.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("decode_tokens", 16, "Tokens to decode.", 0, MOST_STEPS)
+_STEPS = flags.DEFINE_integer("decode_tokens", 16, "Tokens to decode.", 1, 128)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each figure.", lower_bound=1)
 _WORKLOAD = flags.DEFINE_enum(
     "workload",
     "model",
-    ["model", "table", "train", "dispatch"],
-    "What to measure: loading, prefill and decoding of a model, all of the table, a train step, or "
-    "the experts alone.",
+    ["model", "train", "dispatch"],
+    "What to measure: loading and decoding, a train step, or the experts alone.",
 )
 _ROWS = flags.DEFINE_integer(
-    "batch_size", None, "Rows at once: 1, or 4 of --workload=train.", lower_bound=1
+    "batch_size", 4, "With --workload=train: rows of a batch.", lower_bound=1
 )
 _LENGTH = flags.DEFINE_integer(
     "length", 512, "With --workload=train: tokens of a row.", lower_bound=2
@@ -75,9 +67,6 @@ _TOKENS = flags.DEFINE_list(
     ["1", "8", "64", "256", "1024"],
     "With --workload=dispatch: how many tokens to send to the experts, one measurement for each.",
 )
-_ONLY = flags.DEFINE_list("only", [], "With --workload=table: names of rows.")
-_PEER = flags.DEFINE_string("peer_python", None, "Interpreter of an environment with google-tunix.")
-_COMPARE = flags.DEFINE_string("compare", None, "results.jsonl of an earlier run.")
 _FLAGS = (
     mesh_flag.MESH,
     _MODEL,
@@ -89,183 +78,86 @@ _FLAGS = (
     _TOKENS,
     _ROWS,
     _LENGTH,
-    _ONLY,
-    _PEER,
-    _COMPARE,
 )
-# Which of them each workload reads, beside --workdir and --repeats.
+# Which of them each workload reads, beside --model, --workdir and --repeats.
 _READ = {
-    "model": (_MODEL, _PROMPT, _STEPS, _ROWS, mesh_flag.MESH, _PEER, _COMPARE),
-    "table": (_ONLY, _PEER, _COMPARE),
-    "train": (_MODEL, _ROWS, _LENGTH, _COMPARE),
-    "dispatch": (_MODEL, _TOKENS),
+    "model": (_PROMPT, _STEPS, mesh_flag.MESH),
+    "train": (_ROWS, _LENGTH),
+    "dispatch": (_TOKENS,),
 }
-_PEER_SCRIPT = Path(__file__).parents[1] / "qwen_jax" / "benchmark" / "peers" / "tunix_peer.py"
 
 
 def main() -> None:
     """Measures, prints the table, writes results.jsonl."""
-    _check_flags()
+    for name, read in _READ.items():
+        for flag in read:
+            if name != _WORKLOAD.value and flags.FLAGS[flag.name].present:
+                raise UserError(f"--{flag.name} is not for --workload={_WORKLOAD.value}")
     workdir = command_line.path(_WORKDIR)
-    results = workdir / "results.jsonl"
-    old = [] if _COMPARE.value is None else _read(command_line.path(_COMPARE))
-    if _WORKLOAD.value == "table":
-        _check_can_write(workdir, results)
-        _measure_table(workdir, old)
-        return
     preset = get_preset(_MODEL.value) if names_a_preset(_MODEL.value) else None
     directory = resolve_source(_MODEL.value) if preset is None else workdir / _MODEL.value.lower()
     if _WORKLOAD.value == "dispatch":
         config = load_config(directory) if preset is None else preset
         counts = _dispatch_counts(config)
-        _check_can_write(workdir, results)
-        _measure_dispatch(config, counts, workdir)
-        return
-    if preset is None and not _is_shape(directory):
-        check_language_model(directory, "are what is timed")
-    _check_can_write(workdir, results)
-    if _WORKLOAD.value == "train":
-        rows = _ROWS.value or 4
-        work = Work(_name(), _MODEL.value, "train", rows=rows, length=_LENGTH.value)
-        found = _measure_work(work, workdir)
-    else:
-        found = _measure_loads(workdir)
-        work = Work(
-            _name(),
-            _MODEL.value,
-            rows=_ROWS.value or 1,
-            length=_PROMPT.value,
-            steps=_STEPS.value,
-        )
-        found += _measure_work(work, workdir)
-    _report(workdir, found, old)
-
-
-def _check_flags() -> None:
-    own = {flag.name for flag in _READ[_WORKLOAD.value]}
-    for name in {flag.name for read in _READ.values() for flag in read} - own:
-        if flags.FLAGS[name].present:
-            raise UserError(f"--{name} is not for --workload={_WORKLOAD.value}")
-    if _WORKLOAD.value != "table" and _MODEL.value is None:
-        raise UserError(f"--workload={_WORKLOAD.value} needs --model, a checkpoint or a preset")
-    names = [work.name for work in TABLE]
-    for name in _ONLY.value:
-        if name not in names:
-            raise UserError(f"--only={name}: there is no such row; known: {', '.join(names)}")
-    if _PEER.value is not None and not Path(_PEER.value).is_file():
-        raise UserError(f"--peer_python={_PEER.value}: no such file; give a Python interpreter")
-
-
-def _check_can_write(workdir: Path, results: Path) -> None:
-    """Before the minutes of measuring."""
+    elif preset is None:
+        if [path.name for path in directory.iterdir()] == ["config.json"]:
+            preset, directory = load_config(directory), workdir / directory.name
+        else:
+            check_language_model(directory, "are what is timed")
+    results = workdir / "results.jsonl"
     try:
+        # Before the minutes of measuring.
         workdir.mkdir(parents=True, exist_ok=True)
         results.open("a").close()
     except OSError as error:
         message = f"--workdir={_WORKDIR.value}: cannot be written ({error.strerror or error})"
         raise UserError(message) from None
-
-
-def _read(path: Path) -> list[Row]:
-    rows = read_rows([fields for _, fields in jsonl_rows.read_rows(path)])
-    if not rows:
-        raise UserError(f"{path}: has no speeds; give the results.jsonl of an earlier run")
-    return rows
-
-
-def _measure_table(workdir: Path, old: list[Row]) -> None:
-    results = workdir / "results.jsonl"
-    rows = _read(results) if results.stat().st_size else []
-    chosen = [work for work in TABLE if not _ONLY.value or work.name in _ONLY.value]
-    for work in chosen:
-        done = {row.what for row in rows}
-        if not {work.describe(figure) for figure in work.figures} <= done:
-            found = _measure_work(work, workdir)
-            _write(workdir, [row.record() for row in found])
-            rows += found
-    order = [work.describe(figure) for work in TABLE for figure in work.figures]
-    rows = sorted((row for row in rows if row.what in order), key=lambda r: order.index(r.what))
-    _show(workdir, rows, old)
-
-
-def _is_shape(directory: Path) -> bool:
-    """Whether a directory has nothing but config.json."""
-    return [path.name for path in directory.iterdir()] == ["config.json"]
-
-
-def _checkpoint(model: str, workdir: Path) -> tuple[Path, ModelConfig]:
-    """The directory of a model, its random weights written if it is a shape alone."""
-    preset = get_preset(model) if names_a_preset(model) else None
-    if preset is not None:
-        directory = workdir / model.lower()
-    else:
-        directory = resolve_source(model)
-        if _is_shape(directory):
-            preset, directory = load_config(directory), workdir / directory.name
+    if _WORKLOAD.value == "dispatch":
+        _measure_dispatch(config, counts, workdir)
+        return
     import_reference()
     if preset is not None and not (directory / "config.json").is_file():
         write_random_checkpoint(preset, directory)
-    return directory, load_config(directory)
-
-
-def _measure_work(work: Work, workdir: Path) -> list[Row]:
-    directory, config = _checkpoint(work.model, workdir)
-    if work.kind == "start":
-        return rows_of(work, config, _measure_starts(work, directory, workdir))
-    engines: dict[str, list[str] | None] = dict.fromkeys(ENGINES)
-    if _PEER.value is not None and work.kind == "generate" and config.family == "qwen3":
-        engines["tunix"] = [_PEER.value, str(_PEER_SCRIPT)]
-    mesh = mesh_flag.MESH.value
-    measured = measure(work, directory, config.vocab_size, engines, _REPEATS.value, mesh)
-    return rows_of(work, config, measured)
-
-
-def _measure_starts(work: Work, directory: Path, workdir: Path) -> Measured:
-    """The first start of ours fills the cache of compiled programs, and does not count."""
-    seconds = {name: {START: []} for name in ENGINES}
-    for repeat in tqdm.trange(_REPEATS.value + 1, desc=work.name, disable=None):
-        for name in ENGINES:
-            cache = workdir / "compiled"
-            load = measure_load(name, directory, first="token", compilation_cache=cache)
-            if repeat:
-                seconds[name][START].append(load.load_s + load.first_s)
-    return Measured(seconds, [])
-
-
-def _measure_loads(workdir: Path) -> list[Row]:
-    directory, _ = _checkpoint(_MODEL.value, workdir)
-    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    if _WORKLOAD.value == "train":
+        speeds = measure_training(directory, _ROWS.value, _LENGTH.value, _REPEATS.value)
+        what = f"train step of {_ROWS.value} x {_LENGTH.value}, tokens/s"
+        _report(workdir, {name: {what: values} for name, values in speeds.items()})
+        return
+    config = load_config(directory)
+    figures: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for _ in tqdm.trange(_REPEATS.value, desc="loading", disable=None):
         for name in ENGINES:
             load = measure_load(name, directory, mesh_flag.MESH.value)
-            for what, unit, value in (
-                ("load", "s", load.load_s),
-                ("load + first forward, compiled anew", "s", load.load_s + load.first_s),
-                ("peak memory of a load", "GB", load.peak_bytes / 1e9),
+            for key, value in (
+                ("load, s", load.load_s),
+                ("load + first forward, s", load.load_s + load.forward_s),
+                ("peak memory of a load, GB", load.peak_bytes / 1e9),
             ):
-                values.setdefault((what, unit), {}).setdefault(name, []).append(value)
-    return [
-        Row(f"{_name()}: {what}", _MODEL.value, unit, own) for (what, unit), own in values.items()
-    ]
+                figures[name].setdefault(key, []).append(value)
+    speeds = measure_throughput(
+        directory,
+        config.vocab_size,
+        _PROMPT.value,
+        _STEPS.value,
+        _REPEATS.value,
+        mesh_flag.MESH.value,
+    )
+    for name, speed in speeds.items():
+        figures[name][f"prefill of {_PROMPT.value}, tokens/s"] = speed["prefill"]
+        figures[name][f"decode after {_PROMPT.value}, tokens/s"] = speed["decode"]
+    _report(workdir, figures)
 
 
-def _name() -> str:
-    """Of the model, as its rows begin."""
-    return Path(_MODEL.value).name
-
-
-def _report(workdir: Path, rows: list[Row], old: list[Row]) -> None:
-    _write(workdir, [row.record() for row in rows])
-    _show(workdir, rows, old)
-
-
-def _show(workdir: Path, rows: list[Row], old: list[Row]) -> None:
-    text = table(rows)
-    (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
-    draw_speeds(rows, workdir / "speed.png")
-    print(text)
-    if old:
-        print(f"\n{comparison(rows, old)}")
+def _report(workdir: Path, figures: dict[str, dict[str, list[float]]]) -> None:
+    _write(
+        workdir,
+        [
+            {"engine": name, "what": what, "values": values}
+            for name, measured in figures.items()
+            for what, values in measured.items()
+        ],
+    )
+    _print_table(figures)
 
 
 def _write(workdir: Path, records: list[dict[str, Any]]) -> None:
@@ -299,9 +191,26 @@ def _measure_dispatch(config: ModelConfig, counts: list[int], workdir: Path) -> 
 
 
 def _cell(row: DispatchRow, chosen: Dispatch) -> str:
-    time = "not run" if row.median is None else three_digits(1e3 * row.median)
-    cell = f"{time} ({three_digits(row.temporaries / 1e6)})"
+    time = "not run" if row.median is None else _three_digits(1e3 * row.median)
+    cell = f"{time} ({_three_digits(row.temporaries / 1e6)})"
     return f"**{cell}**" if row.method is chosen else cell
+
+
+def _three_digits(value: float) -> str:
+    """Rounded, and without an exponent: 0.976, 85.2, 11,100."""
+    return f"{float(f'{value:.3g}'):,g}"
+
+
+def _print_table(figures: dict[str, dict[str, list[float]]]) -> None:
+    ours, peer = ENGINES
+    print(f"| {_MODEL.value}, float32 | {ours} | {peer} | ratio |\n|---|---|---|---|")
+    for what, values in figures[ours].items():
+        medians = [statistics.median(v) for v in (values, figures[peer][what])]
+        cells = [
+            "{} ({} to {})".format(*map(_three_digits, (statistics.median(v), min(v), max(v))))
+            for v in (values, figures[peer][what])
+        ]
+        print(f"| {what} | {' | '.join(cells)} | {medians[0] / medians[1]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -138,12 +137,6 @@ def _config_trouble(argv: list[str], error: Exception) -> str:
         f"{', '.join(changes)}: the configuration has no such place ({error}); give fields that "
         "the file has, or add them there"
     )
-
-
-def settings() -> dict[str, Any]:
-    """What the flags of this command say, by name."""
-    modules = flags.FLAGS.flags_by_module_dict()
-    return {flag.name: flag.value for name in _flag_modules(sys.argv[0]) for flag in modules[name]}
 
 
 def _flag_modules(program: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Load time and memory, each measured in a process of its own.
 
-Run as a module, `python -m qwen_jax.benchmark.loading ENGINE DIRECTORY FIRST [MESH]` prints one.
+Run as a module, `python -m qwen_jax.benchmark.loading ENGINE DIRECTORY [MESH]` prints one.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -28,43 +27,24 @@ _POLL_S = 0.002
 class LoadMeasurement:
     """Attributes:
     load_s: seconds from a started runtime to float32 parameters in memory.
-    first_s: seconds of what is done first over 64 tokens after it, compiling included.
+    forward_s: seconds of the first forward pass over 64 tokens after it, compiling included.
     peak_bytes: highest anonymous resident memory while loading, above the start.
     """
 
     load_s: float
-    first_s: float
+    forward_s: float
     peak_bytes: int
 
 
-def measure_load(
-    engine: str,
-    directory: Path,
-    mesh: str | None = None,
-    first: Literal["forward", "token"] = "forward",
-    compilation_cache: Path | None = None,
-) -> LoadMeasurement:
+def measure_load(engine: str, directory: Path, mesh: str | None = None) -> LoadMeasurement:
     """Measures one load in a new process, on `mesh` if it is ours; imports do not count.
-
-    Args:
-      engine: its name.
-      directory: of the checkpoint.
-      mesh: of the devices.
-      first: what is timed behind the load: all logits, or the choice of the next token.
-      compilation_cache: a directory of compiled programs, which are read and added to; None for
-        none, since what an earlier run has kept would hide the cost of a first one.
 
     Raises:
       UserError: the process failed.
     """
-    arguments = [engine, str(directory), first, *([] if mesh is None else [mesh])]
+    arguments = [engine, str(directory), *([] if mesh is None else [mesh])]
+    # A compilation kept from an earlier run would hide the cost of a first one.
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    if compilation_cache is not None:
-        env |= {
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
     child = subprocess.run(
         [sys.executable, "-m", "qwen_jax.benchmark.loading", *arguments],
         capture_output=True,
@@ -77,7 +57,7 @@ def measure_load(
     return LoadMeasurement(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def _measure(engine: str, directory: Path, first: str, mesh: str | None = None) -> LoadMeasurement:
+def _measure(engine: str, directory: Path, mesh: str | None = None) -> LoadMeasurement:
     _start_runtime(engine, directory)
     peak = start = anonymous_memory()
     done = threading.Event()
@@ -97,8 +77,7 @@ def _measure(engine: str, directory: Path, first: str, mesh: str | None = None) 
         done.set()
         watcher.join()
     begin = time.perf_counter()
-    run = loaded.forward if first == "forward" else loaded.prefill
-    run(np.arange(64)[None])
+    loaded.forward(np.arange(64)[None])
     return LoadMeasurement(load_s, time.perf_counter() - begin, peak - start)
 
 
@@ -125,7 +104,8 @@ def anonymous_memory() -> int:
 
 if __name__ == "__main__":
     try:
-        found = _measure(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
-        print(json.dumps(dataclasses.asdict(found)))
+        print(
+            json.dumps(dataclasses.asdict(_measure(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))
+        )
     except UserError as error:
         sys.exit(str(error))

@@ -142,11 +142,11 @@ class Respondent:
             self.tokenizer,
             prompts,
             writing.max_new_tokens,
-            options=writing.options,
-            stop_ids=(*own, *writing.stop_ids),
-            stop_strings=() if self.enable_thinking else writing.stop_strings,
-            batch_size=self.batch_size,
-            seed=self.seed,
+            writing.options,
+            (*own, *writing.stop_ids),
+            () if self.enable_thinking else writing.stop_strings,
+            self.batch_size,
+            self.seed,
         )
         if not self.enable_thinking:
             return [completion.text for completion in completions]

@@ -157,7 +157,7 @@ class TokenStream:
         ]
         for row, token in enumerate(step):
             if token == -1:
-                raise UserError(not_numbers(self._given, self._dtype))
+                raise UserError(_not_numbers(self._given, self._dtype))
             if token in self._stop_ids:
                 self.stop(row)
         return step
@@ -180,10 +180,6 @@ class TokenStream:
     def active(self, row: int) -> bool:
         """Whether a row has met neither a stop id nor `stop`."""
         return self._active[row]
-
-    def finished(self, row: int) -> bool:
-        """Whether a row has no more tokens to come."""
-        return not self._active[row] or self._given == self._max_new_tokens
 
     @property
     def cache(self) -> Cache | None:
@@ -376,8 +372,7 @@ def read_ids(config: ModelConfig, name: str, text: Sequence[int]) -> np.ndarray:
     return ids
 
 
-def not_numbers(given: int, dtype: jnp.dtype) -> str:
-    """What is wrong where no token is the likeliest."""
+def _not_numbers(given: int, dtype: jnp.dtype) -> str:
     wider = "" if dtype == jnp.float32 else ", or load it as float32"
     return (
         f"the logits of new token {given} are NaN or infinite in {dtype}; download the checkpoint "

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.layer import CompiledLinear, CompiledNorm, norm_of
+from qwen_jax.nn.attention import Tokens
 from qwen_jax.nn.cache import AttentionCache, Cache, init_cache
 from qwen_jax.nn.moe import Dispatch, Routing
-from qwen_jax.nn.tokens import Tokens
 
 
 class GuardHead(nn.Module):

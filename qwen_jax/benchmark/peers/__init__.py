@@ -1,1 +1,0 @@
-"""Scripts that measure other packages, in environments of their own."""
