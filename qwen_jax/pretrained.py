@@ -2,13 +2,12 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_jax import text
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import load_params, open_model
 from qwen_jax.config import ModelConfig
@@ -17,6 +16,9 @@ from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
 from qwen_jax.json_fields import read_json_object
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.sharding import axes
+
+if TYPE_CHECKING:
+    from qwen_jax.text import Tokenizer
 
 Weights = Literal["dense", "packed"]
 
@@ -97,13 +99,16 @@ def parameter_bytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def load_tokenizer(source: str | Path) -> text.Tokenizer:
+def load_tokenizer(source: str | Path) -> "Tokenizer":
     """The tokenizer of a checkpoint directory or a hub id; no weights are read.
 
     Raises:
       UserError: no tokenizer files, broken ones, or one with ids that the model of the same
         directory has no embedding for.
     """
+    # Tokenizers, templates and their libraries, which a model needs nothing of.
+    from qwen_jax import text
+
     directory = resolve_source(source, weights=False)
     tokenizer = text.load_tokenizer(directory)
     config = directory / "config.json"

@@ -3,8 +3,9 @@
     python -m tools.chat --model=DIR
 
 Answers stream; on a terminal, reasoning is dimmed, and --thinking_budget bounds it. The cache is
-kept between turns. An interrupt (Ctrl-C) stops an answer and forgets the turn; an empty line is
-ignored; /reset starts anew; /exit or the end of the input (Ctrl-D) leaves.
+kept between turns, with --cache_dtype=int8 in less memory. An interrupt (Ctrl-C) stops an answer
+and forgets the turn; an empty line is ignored; /reset starts anew; /exit or the end of the input
+(Ctrl-D) leaves.
 """
 
 import sys
@@ -16,7 +17,7 @@ from qwen_jax.inference.completion import ends_inside_reasoning
 from qwen_jax.inference.conversation import Conversation
 from qwen_jax.text import ReplyParser
 from qwen_jax.text.parsing import Event, Problem, Reasoning
-from tools import command_line, text_flags
+from tools import cache_flag, command_line, text_flags
 
 _SYSTEM = flags.DEFINE_string("system", None, "The system message.")
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -57,6 +58,7 @@ def _new_conversation(session: text_flags.Session) -> Conversation:
         _SYSTEM.value,
         text_flags.ALLOW_SPECIAL.value,
         session.max_window_size,
+        cache_flag.CACHE_DTYPE.value,
         **text_flags.template_variables(),
     )
 

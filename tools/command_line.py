@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -76,6 +77,19 @@ def path(flag: flags.FlagHolder) -> Path:
         raise UserError(f"--{flag.name}={flag.value}: cannot be resolved ({error})") from None
 
 
+def numbers(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...]:
+    """The numbers that a flag lists.
+
+    Raises:
+      UserError: there is none, or something else than numbers above 0.
+    """
+    if not all(n.isdecimal() and int(n) for n in flag.value) or not flag.value:
+        raise UserError(
+            f"--{flag.name}={','.join(flag.value)} should be numbers above 0, such as 1,64"
+        )
+    return tuple(map(int, flag.value))
+
+
 def leave_if_stopped(done: int, wanted: int) -> None:
     """Exits as after SIGTERM where a run made fewer steps than it was to."""
     if done < wanted:
@@ -137,6 +151,12 @@ def _config_trouble(argv: list[str], error: Exception) -> str:
         f"{', '.join(changes)}: the configuration has no such place ({error}); give fields that "
         "the file has, or add them there"
     )
+
+
+def settings() -> dict[str, Any]:
+    """What the flags of this command say, by name."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    return {flag.name: flag.value for name in _flag_modules(sys.argv[0]) for flag in modules[name]}
 
 
 def _flag_modules(program: str) -> list[str]:

@@ -4,12 +4,17 @@
     python -m tools.evaluate --model=DIR --workdir=results --tasks=arc_easy,gsm8k --limit=200
     python -m tools.evaluate --model=DIR --workdir=results --tasks=mine --task_path=my_tasks --chat
     python -m tools.evaluate --model=DIR --workdir=results --problems=100
+    python -m tools.evaluate --model=DIR --workdir=results --text=book.txt --cache_dtype=int8
 
 * --text: perplexity, nats per token and bits per byte, in windows of --length tokens, each --stride
   further on than the one before; every token is predicted once, from what its window has before it.
+  With --cache_dtype=int8 also how far such a cache moves the predictions: KL(full || int8), mean
+  and largest, how often the likeliest token is the same, and what is left of the cache's size.
 * --tasks: tasks of lm-evaluation-harness (pip install lm-eval), its own or those of --task_path.
 * --problems: so many held-out problems of each kind, with thinking and without, and where a
   calculator could help, whether it is called as it should be.
+
+--cache_dtype=int8 is also what answers to --tasks and --problems are written with.
 
 Tables are printed. Every number goes to WORKDIR/evaluate.jsonl with what it was made with, and to
 evaluate.csv, after those of earlier runs; what the last run's model answered is in samples.jsonl
@@ -22,7 +27,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.evaluation.harness import HarnessOptions
 from qwen_jax.evaluation.run import EvaluateOptions, Subject, check_options, evaluate
 from qwen_jax.provenance import provenance
-from tools import command_line, mesh_flag, model_flags, weights_flag
+from tools import cache_flag, command_line, mesh_flag, model_flags, weights_flag
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=True)
 _TEXT = flags.DEFINE_string("text", None, "A text file to predict.")
@@ -82,7 +87,7 @@ _NEEDS = (
 _FLAGS = (
     model_flags.MODEL, model_flags.DTYPE, model_flags.ROPE, weights_flag.WEIGHTS, mesh_flag.MESH,
     _TEXT, _LENGTH, _STRIDE, _ALLOW_SPECIAL, _ALLOW_LONGER, _TASKS, _TASK_PATH, _LIMIT, _FEWSHOT,
-    _CHAT, _THINKING, _PROBLEMS, _MAX_NEW_TOKENS, _BATCH_SIZE, _SEED,
+    _CHAT, _THINKING, _PROBLEMS, _MAX_NEW_TOKENS, _BATCH_SIZE, _SEED, cache_flag.CACHE_DTYPE,
 )  # fmt: skip
 
 
@@ -142,6 +147,7 @@ def _options() -> EvaluateOptions:
         max_new_tokens=_MAX_NEW_TOKENS.value,
         batch_size=_BATCH_SIZE.value,
         seed=_SEED.value,
+        cache_dtype=cache_flag.CACHE_DTYPE.value,
     )
 
 

@@ -6,8 +6,12 @@
     python -m tools.generate --model=Qwen/Qwen3-8B --chat --thinking_budget=200 --prompt="Why?"
     python -m tools.generate --model=Qwen/Qwen2.5-Coder-7B --infill --input=holes.jsonl
     python -m tools.generate --model=DIR --adapter=sql=DIR --use_adapter=sql --prompt="Select"
+    python -m tools.generate --model=DIR --speculate=lookup --prompt="Once upon a time"
+    python -m tools.generate --model=Qwen/Qwen3-8B --speculate=draft \\
+        --draft_model=Qwen/Qwen3-0.6B --prompt="Once upon a time"
 
-One prompt streams; several run in batches. A line of --input holds
+One prompt streams; several run together, --batch_size at a time, the next one as soon as a text has
+ended. A line of --input holds
 
 * {"prompt": "..."}, or
 * with --chat, {"messages": [...], "tools": [...]} where tools may be left out, or
@@ -18,10 +22,20 @@ One prompt streams; several run in batches. A line of --input holds
 A line's "adapter" picks one of several --adapter=NAME=DIR by name, null the model without any. The
 model is loaded once.
 
+With --workdir=DIR they are kept in DIR as soon as they end, and are in DIR/completions.jsonl in the
+order of the prompts when all have; a run that was interrupted goes on with the rest.
+
 --output=json writes each line's fields and adds text, token_ids, prompt_tokens and finish_reason.
 With --chat it also takes the text apart: reasoning (null if there is none), content, tool_calls
 ([{"name": "...", "arguments": {...}}]) and problems ([{"reason": "...", "text": "..."}], where
 broken tool calls are).
+
+--cache_dtype=int8 keeps keys and values in about a quarter of float32's memory, or half of
+bfloat16's; how far that moves what is predicted, `tools.evaluate --text` measures.
+
+With --speculate several tokens are guessed and verified in one pass of the model, --draft_tokens
+at a time. Greedy texts stay the same, drawn ones as likely; how many guesses stood is told on
+stderr. Prompts then run in batches, --batch_size in each until the last of them has ended.
 
 Several processes, as on a TPU pod, run it together with one --mesh over all their devices; each
 reads the same prompts, and the first one prints.
@@ -29,19 +43,22 @@ reads the same prompts, and the first one prints.
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
+import tqdm
 from absl import flags
 
 from qwen_jax.errors import UserError
+from qwen_jax.inference.bulk import completions
 from qwen_jax.inference.completion import (
     Completion,
     ThinkingBudget,
-    complete,
     ends_inside_reasoning,
+    finished_texts,
 )
 from qwen_jax.inference.decoding import TokenStream
+from qwen_jax.inference.drafting import Drafter
+from qwen_jax.inference.speculation import Counts, SpeculativeStream
 from qwen_jax.text import (
     Tokenizer,
     file_infill,
@@ -49,8 +66,18 @@ from qwen_jax.text import (
     parse_reply,
     repository_infill,
 )
-from tools import adapter_flags, command_line, mesh_flag, processes, text_flags
+from tools import (
+    adapter_flags,
+    cache_flag,
+    command_line,
+    mesh_flag,
+    model_flags,
+    processes,
+    speculation_flags,
+    text_flags,
+)
 from tools.jsonl_rows import as_json, read_rows
+from tools.kept_results import KeptResults
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue")
 _INPUT = flags.DEFINE_string("input", None, "A JSONL file of prompts or of chat messages.")
@@ -60,69 +87,115 @@ _INFILL = flags.DEFINE_bool(
     "infill", False, "Lines of --input are files with a hole: prefix and suffix."
 )
 _OUTPUT = flags.DEFINE_enum("output", "text", ["text", "json"], "json: one object a line.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "With --input: where texts go, as they end.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that run together.", lower_bound=1)
 
 
 def main() -> None:
     """Reads the prompts, loads the model, writes the completions in order."""
     requests = _read_requests()
+    speculation_flags.check_flags()
     directories = adapter_flags.read_flags()
     chosen = [adapter_flags.adapter_of(name, row, directories) for name, row in requests]
     processes.join(mesh_flag.MESH.value)
+    kept = None if _WORKDIR.value is None else _open_results([row for _, row in requests])
     session = text_flags.open_session()
     prompts = [_prompt_ids(session, name, request) for name, request in requests]
+    drafter = speculation_flags.load_drafter(
+        speculation_flags.SPECULATE.value,
+        session.model,
+        session.tokenizer,
+        model_flags.DTYPE.value,
+    )
     adapted = adapter_flags.load(session.model, session.params, directories)
     stop_ids = session.stop_ids
     if _INFILL.value:
         stop_ids = (*(stop_ids or ()), *infill_stop_ids(session.tokenizer))
-    streaming = len(prompts) == 1 and _OUTPUT.value == "text"
-    waiting: dict[int, Completion] = {}
-    written = 0
-    for adapter, rows in _batches(chosen, _BATCH_SIZE.value):
-        batch = [prompts[row] for row in rows]
-        stream = TokenStream(
+    if len(prompts) == 1 and _OUTPUT.value == "text" and kept is None:
+        _stream(session, adapted[chosen[0]], prompts, stop_ids, drafter)
+        return
+    left = [i for i in range(len(prompts)) if kept is None or i not in kept.done]
+    bar = tqdm.tqdm(
+        total=len(prompts),
+        initial=len(prompts) - len(left),
+        desc="writing",
+        unit="text",
+        disable=None,
+    )
+    waiting: dict[int, dict[str, Any]] = {}
+    printed, counts = 0, []
+    for adapter in dict.fromkeys(chosen[i] for i in left):
+        own = [i for i in left if chosen[i] == adapter]
+        for place, completion in completions(
             session.model,
             adapted[adapter],
-            batch,
+            session.tokenizer,
+            [prompts[i] for i in own],
             session.max_new_tokens,
             session.options,
             stop_ids,
-            text_flags.SEED.value,
-            first_row=rows,
-        )
-        on_text = _write if streaming else lambda row, text: None
-        completions, _ = complete(
-            stream,
-            len(batch),
-            session.tokenizer,
             text_flags.STOP.value,
-            on_text,
-            _thinking_budget(session.tokenizer, batch),
+            _BATCH_SIZE.value,
+            text_flags.SEED.value,
+            rows=own,
+            thinking_limit=text_flags.THINKING_BUDGET.value,
+            cache_dtype=cache_flag.CACHE_DTYPE.value,
+            speculate=drafter,
+            on_counts=counts.append,
+        ):
+            i = own[place]
+            record = {**requests[i][1], **_record(prompts[i], completion)}
+            if _CHAT.value:
+                record |= _taken_apart(session.tokenizer, prompts[i], record)
+            bar.update(1)
+            if kept is not None:
+                kept.add(i, record)
+                continue
+            waiting[i] = record
+            while printed in waiting:
+                _print_completion(printed, len(prompts), waiting.pop(printed))
+                printed += 1
+    bar.close()
+    if kept is not None:
+        kept.finish()
+        print(f"{len(prompts)} texts in {kept.path}")
+    if drafter is not None:
+        speculation_flags.report(sum(counts, Counts()))
+
+
+def _stream(
+    session: text_flags.Session,
+    params: Any,
+    prompts: list[list[int]],
+    stop_ids: tuple[int, ...] | None,
+    drafter: Drafter | None,
+) -> None:
+    """Writes one text while it grows."""
+    model, most, options = session.model, session.max_new_tokens, session.options
+    seed, cache_dtype = text_flags.SEED.value, cache_flag.CACHE_DTYPE.value
+    arguments = model, params, prompts, most
+    if drafter is None:
+        stream = TokenStream(*arguments, options, stop_ids, seed, cache_dtype=cache_dtype)
+    else:
+        stream = SpeculativeStream(
+            *arguments, drafter, options, stop_ids, seed, cache_dtype=cache_dtype
         )
-        waiting |= zip(rows, completions, strict=True)
-        while written in waiting:
-            completion = waiting.pop(written)
-            if streaming:
-                print()
-            else:
-                record = {**requests[written][1], **_record(prompts[written], completion)}
-                if _CHAT.value:
-                    record |= _taken_apart(session.tokenizer, prompts[written], record)
-                _print_completion(written, len(prompts), record)
-            written += 1
-
-
-def _batches(adapters: list[str | None], size: int) -> Iterator[tuple[str | None, list[int]]]:
-    """Rows that run together, all with one adapter: in order of their first."""
-    for adapter in dict.fromkeys(adapters):
-        rows = [row for row, own in enumerate(adapters) if own == adapter]
-        for start in range(0, len(rows), size):
-            yield adapter, rows[start : start + size]
-
-
-def _thinking_budget(tokenizer: Tokenizer, prompts: list[list[int]]) -> ThinkingBudget | None:
     limit = text_flags.THINKING_BUDGET.value
-    return None if limit is None else ThinkingBudget(limit, tokenizer, prompts)
+    budget = None if limit is None else ThinkingBudget(limit, session.tokenizer, prompts)
+    for _ in finished_texts(stream, 1, session.tokenizer, text_flags.STOP.value, _write, budget):
+        print()
+    if drafter is not None:
+        speculation_flags.report(stream.counts)
+
+
+def _open_results(requests: list[dict[str, Any]]) -> KeptResults:
+    """The results of an earlier run of the same prompts with the same flags, or none yet."""
+    if _PROMPT.value:
+        raise UserError("--workdir is for --input=FILE.jsonl; what --prompt asks is printed")
+    # What changes no text may be another the next time.
+    free = ("workdir", "input", "batch_size", "mesh")
+    said = {name: value for name, value in command_line.settings().items() if name not in free}
+    return KeptResults(command_line.path(_WORKDIR), requests, said)
 
 
 def _write(row: int, text: str) -> None:

@@ -35,7 +35,7 @@ from qwen_jax.sharding.chips import Topology, read_topology
 from qwen_jax.sharding.jobs import Job
 from qwen_jax.sharding.plan import Plan, compile_plan, estimate, sweep
 from qwen_jax.training.objective import TrainOptions
-from tools import command_line
+from tools import cache_flag, command_line
 from tools.plan_figures import as_json, draw_memory
 
 _MODEL = flags.DEFINE_string(
@@ -78,8 +78,11 @@ def main() -> None:
         batch=_BATCH.value,
         length=_LENGTH.value,
         options=TrainOptions(remat=_REMAT.value),
+        cache_dtype=cache_flag.CACHE_DTYPE.value,
     )
     title = f"{_MODE.value} of {_MODEL.value} on {topology.name}"
+    if job.cache_dtype is not None:
+        title += f" with a cache in {job.cache_dtype}"
     plans = []
     if _SWEEP.value:
         plans = sweep(job, lambda jobs: tqdm.tqdm(jobs, desc="meshes", disable=None))

@@ -3,12 +3,13 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import tqdm
 
+from qwen_jax.benchmark.report import markdown, three_digits
 from qwen_jax.config import MoeSpec
 from qwen_jax.nn.moe import Dispatch, capacity_of, limit_capacity, mix_experts, route
 
@@ -122,3 +123,25 @@ def _program(
         return jnp.sum(jnp.square(forward(*arguments)))
 
     return jax.grad(loss, argnums=(0, 1, 2)) if gradient else forward
+
+
+def dispatch_table(rows: Sequence[DispatchRow], chosen: Mapping[int, Dispatch]) -> str:
+    """A Markdown table: each method's milliseconds and temporaries by the number of tokens.
+
+    Args:
+      rows: as `measure_dispatch` has them.
+      chosen: number of tokens -> the method that is the default, which is set in bold.
+    """
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = []
+    for n in dict.fromkeys(row.num_tokens for row in rows):
+        own = [row for row in rows if row.num_tokens == n]
+        lines.append([str(n), *(_cell(row, row.method is chosen[n]) for row in own)])
+    text = markdown(["tokens", *methods], lines)
+    return f"{text}\nms (temporaries, MB); the default in bold"
+
+
+def _cell(row: DispatchRow, is_default: bool) -> str:
+    milliseconds = "not run" if row.median is None else three_digits(1e3 * row.median)
+    cell = f"{milliseconds} ({three_digits(row.temporaries / 1e6)})"
+    return f"**{cell}**" if is_default else cell

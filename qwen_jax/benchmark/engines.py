@@ -1,16 +1,18 @@
-"""One set of operations, by this package and by transformers, so that both can be timed alike."""
+"""The same operations by this package and by transformers, so that both can be timed alike."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import qwen_jax
-from qwen_jax.nn.cache import init_cache
+from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.reference import import_reference, load_reference
+
+# Tokens that may be decoded after a prompt.
+MOST_STEPS = 128
 
 
 class Engine(Protocol):
@@ -27,35 +29,22 @@ class Engine(Protocol):
 
 
 class Ours:
-    """This package."""
+    """This package, as `generate` runs it."""
 
     def __init__(self, directory: Path, mesh: str | None = None):
-        self._model, params = qwen_jax.load_pretrained(directory, "float32", mesh)
-        self._variables = {"params": params}
-
-        def step(variables: Any, ids: jax.Array, cache: Any) -> tuple[Any, jax.Array]:
-            out = self._model.apply(variables, ids, cache=cache, logits_at="last")
-            return out.cache, jnp.argmax(out.logits[:, -1], axis=-1)[:, None]
-
-        self._step: Callable = jax.jit(step, donate_argnums=2)
+        self._model, self._params = qwen_jax.load_pretrained(directory, "float32", mesh)
 
     def forward(self, ids: np.ndarray) -> None:
-        self._model.apply(self._variables, ids).logits.block_until_ready()
+        out = self._model.apply({"params": self._params}, jnp.asarray(ids))
+        out.logits.block_until_ready()
 
-    def prefill(self, ids: np.ndarray, room: int = 128) -> np.ndarray:
-        capacity = ids.shape[1] + room
-        config, mesh = self._model.config, self._model.mesh
-        cache = init_cache(config, len(ids), capacity, jnp.float32, mesh)
-        self._cache, self._token = self._step(self._variables, ids, cache)
-        return np.asarray(self._token)
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        prompts = ids.tolist()
+        self._stream = TokenStream(self._model, self._params, prompts, 1 + MOST_STEPS, stop_ids=())
+        return self.decode(1)
 
     def decode(self, steps: int) -> np.ndarray:
-        tokens = []
-        for _ in range(steps):
-            self._cache, self._token = self._step(self._variables, self._token, self._cache)
-            tokens.append(self._token)
-        # Read at the end only, so that one step is dispatched while another runs.
-        return np.concatenate(jax.device_get(tokens), axis=1)
+        return np.array([next(self._stream) for _ in range(steps)]).T
 
 
 class Transformers:

@@ -1,96 +1,13 @@
-"""Train steps, each engine in a process of its own, turn by turn so that a drifting machine hits
-all alike.
+"""Train steps of AdamW by this package and by transformers, so that both can be timed alike."""
 
-Of its own, because how a process's memory is managed is a part of the time, and each engine is to
-run as its users run it. Run as a module, `python -m qwen_jax.benchmark.training ENGINE DIRECTORY
-ROWS LENGTH` makes a step for each line that it reads.
-"""
-
-import contextlib
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import tqdm
-
-from qwen_jax.errors import UserError
 
 # Both engines' AdamW.
 _LEARNING_RATE, _DECAY, _CLIP = 1e-4, 0.1, 1.0
 _B1, _B2, _EPS = 0.9, 0.95, 1e-8
-# Losses of float32 steps that do the same differ by rounding only.
-_TOLERANCE = 1e-3
-
-
-def measure_training(
-    directory: Path, rows: int, length: int, repeats: int
-) -> dict[str, list[float]]:
-    """Tokens a second of each engine's train steps: float32, AdamW, clipped gradients.
-
-    Args:
-      directory: of the checkpoint that both begin with.
-      rows, length: of a batch of random tokens, the same in each step.
-      repeats: steps that are measured, after two that warm up.
-
-    Returns:
-      engine -> one figure a repeat.
-
-    Raises:
-      UserError: a process failed, or the engines' losses are not the same.
-    """
-    with contextlib.ExitStack() as stack:
-        children = {
-            name: stack.enter_context(_child(name, directory, rows, length)) for name in ENGINES
-        }
-        figures: dict[str, list[float]] = {name: [] for name in children}
-        for repeat in tqdm.trange(repeats + 2, desc="training", disable=None):
-            losses = {}
-            for name, child in children.items():
-                seconds, losses[name] = _ask(name, child)
-                if repeat > 1:
-                    figures[name].append(rows * length / seconds)
-            ours, peer = losses.values()
-            if not abs(ours - peer) <= _TOLERANCE * abs(peer):
-                raise UserError(
-                    f"{directory}: the losses of step {repeat + 1} are {losses}; the engines do "
-                    "not do the same, so that their times say nothing"
-                )
-    return figures
-
-
-@contextlib.contextmanager
-def _child(engine: str, directory: Path, rows: int, length: int):
-    child = subprocess.Popen(
-        [sys.executable, "-m", __name__, engine, str(directory), str(rows), str(length)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def _ask(engine: str, child: subprocess.Popen) -> tuple[float, float]:
-    """Seconds and loss of one more step."""
-    try:
-        child.stdin.write("\n")
-        child.stdin.flush()
-    except BrokenPipeError:
-        pass
-    line = child.stdout.readline()
-    if not line:
-        last = child.stderr.read().strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"measuring {engine} failed: {last[0]}")
-    return tuple(json.loads(line))
 
 
 def our_step(directory: Path, ids: np.ndarray) -> Callable[[], float]:
@@ -159,26 +76,7 @@ def reference_step(directory: Path, ids: np.ndarray) -> Callable[[], float]:
     return run
 
 
-ENGINES: dict[str, Callable[[Path, np.ndarray], Callable[[], float]]] = {
+TRAINERS: dict[str, Callable[[Path, np.ndarray], Callable[[], float]]] = {
     "qwen_jax": our_step,
     "transformers": reference_step,
 }
-
-
-def _serve(engine: str, directory: Path, rows: int, length: int, out: IO[str]) -> None:
-    from qwen_jax.hf_config import load_config
-
-    vocabulary = load_config(directory).vocab_size
-    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length))
-    step = ENGINES[engine](directory, ids)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = step()
-        print(json.dumps([time.perf_counter() - start, loss]), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        _serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.stdout)
-    except UserError as error:
-        sys.exit(str(error))

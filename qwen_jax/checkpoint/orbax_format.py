@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 import tqdm
 
@@ -60,6 +59,9 @@ def save_orbax(directory: Path, params: Mapping[str, Any]) -> None:
     Raises:
       OSError: they cannot be written.
     """
+    # Which takes longer to import than all that reading needs.
+    import orbax.checkpoint as ocp
+
     print_unraisable = sys.unraisablehook
 
     def skip_orphans(unraisable: Any) -> None:

@@ -19,7 +19,7 @@ class Figure:
     """One number.
 
     Attributes:
-      measure: what kind of evaluation it is of: text, harness or problems.
+      measure: what kind of evaluation it is of: text, cache, harness or problems.
       name: of the text, the task or the kind of problem.
       metric: what the number is.
       value: the number.

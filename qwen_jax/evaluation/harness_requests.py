@@ -15,6 +15,7 @@ from qwen_jax.inference.bulk import complete_all
 from qwen_jax.inference.likelihood import token_likelihoods
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.nn.cache import CacheDtype
 from qwen_jax.text import StopStrings, Tokenizer
 from qwen_jax.text.parsing import THINK_CLOSE
 
@@ -59,6 +60,7 @@ class Respondent:
       seed: of the draws.
       enable_thinking: the chat template's; None for its default. With True, what is answered is
         what stands behind the thinking, and a task's stop strings hold there only.
+      cache_dtype: of what is written; likelihoods need no cache.
     """
 
     model: Decoder
@@ -70,6 +72,7 @@ class Respondent:
     batch_size: int = 8
     seed: int = 0
     enable_thinking: bool | None = None
+    cache_dtype: CacheDtype | None = None
 
     @property
     def prefix_id(self) -> int:
@@ -142,11 +145,12 @@ class Respondent:
             self.tokenizer,
             prompts,
             writing.max_new_tokens,
-            writing.options,
-            (*own, *writing.stop_ids),
-            () if self.enable_thinking else writing.stop_strings,
-            self.batch_size,
-            self.seed,
+            options=writing.options,
+            stop_ids=(*own, *writing.stop_ids),
+            stop_strings=() if self.enable_thinking else writing.stop_strings,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            cache_dtype=self.cache_dtype,
         )
         if not self.enable_thinking:
             return [completion.text for completion in completions]

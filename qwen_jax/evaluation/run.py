@@ -9,12 +9,14 @@ from typing import Any
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation import problems as own_problems
+from qwen_jax.evaluation.cache_divergence import measure_cache_divergence
 from qwen_jax.evaluation.figures import (
     Figure,
     add_to_log,
     as_table,
     check_workdir,
     replace_lines,
+    share,
 )
 from qwen_jax.evaluation.harness import HarnessOptions, check_installed, find_tasks, run_harness
 from qwen_jax.evaluation.harness_requests import Respondent
@@ -23,6 +25,7 @@ from qwen_jax.evaluation.pictures import draw_problems
 from qwen_jax.inference.bulk import complete_all
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.nn.cache import CacheDtype, check_cache_dtype
 from qwen_jax.text import Tokenizer
 
 SAMPLES, ANSWERS, PICTURE = "samples.jsonl", "answers.jsonl", "problems.png"
@@ -66,6 +69,8 @@ class EvaluateOptions:
       max_new_tokens: of an answer to a problem.
       batch_size: texts that run together.
       seed: of problems, examples and draws.
+      cache_dtype: of keys and values while answers are written, as `init_cache` has it; and how far
+        it moves the predictions of `text` is measured.
     """
 
     text: Path | None = None
@@ -79,6 +84,7 @@ class EvaluateOptions:
     max_new_tokens: int = 256
     batch_size: int = 8
     seed: int = 0
+    cache_dtype: CacheDtype | None = None
 
 
 def check_options(options: EvaluateOptions, workdir: Path) -> None:
@@ -88,6 +94,7 @@ def check_options(options: EvaluateOptions, workdir: Path) -> None:
       UserError: nothing is asked for, a file cannot be read, stride and length do not go together,
         lm-eval is not installed, or `workdir` cannot be written.
     """
+    check_cache_dtype(options.cache_dtype)
     if options.text is None and options.harness is None and not options.problems:
         raise UserError("nothing to evaluate; give --text, --tasks or --problems")
     if options.text is not None:
@@ -126,6 +133,8 @@ def evaluate(
     measures = []
     if options.text is not None:
         measures.append(_text_measure(subject, options))
+        if options.cache_dtype is not None:
+            measures.append(_cache_measure(subject, options))
     if options.harness is not None:
         measures.append(_harness_measure(subject, options, workdir))
     if options.problems:
@@ -141,13 +150,19 @@ def evaluate(
     return "\n\n".join(tables)
 
 
-def _text_measure(subject: Subject, options: EvaluateOptions) -> Any:
+def _windows_of_text(subject: Subject, options: EvaluateOptions) -> tuple[list[int], int, int]:
+    """The text's ids, the length of a window, and the stride."""
     config = subject.model.config
     length = options.length or min(config.max_position_embeddings, _LENGTH)
     stride = options.stride or max(1, length // 2)
     _check_length(config, length, options)
     ids = read_text_ids(options.text, subject.tokenizer, options.allow_special)
     cut_windows(len(ids), length, stride)
+    return ids, length, stride
+
+
+def _text_measure(subject: Subject, options: EvaluateOptions) -> Any:
+    ids, length, stride = _windows_of_text(subject, options)
 
     def measure() -> tuple[list[Figure], str]:
         found = measure_perplexity(
@@ -170,6 +185,27 @@ def _text_measure(subject: Subject, options: EvaluateOptions) -> Any:
     return measure
 
 
+def _cache_measure(subject: Subject, options: EvaluateOptions) -> Any:
+    ids, length, stride = _windows_of_text(subject, options)
+
+    def measure() -> tuple[list[Figure], str]:
+        found = measure_cache_divergence(
+            subject.model, subject.params, ids, length, stride, options.cache_dtype,
+            options.batch_size,
+        )  # fmt: skip
+        of, count = f"{options.text.name}, {options.cache_dtype} cache", len(found.kl)
+        values = {
+            "mean KL, nats": float(found.kl.mean()),
+            "largest KL, nats": float(found.kl.max()),
+            "share of the full bytes": found.other_bytes / found.full_bytes,
+        }
+        agrees = share("cache", of, "same likeliest token", int(found.agrees.sum()), count)
+        figures = [Figure("cache", of, name, value, count=count) for name, value in values.items()]
+        return [*figures, agrees], as_table([*figures, agrees])
+
+    return measure
+
+
 def _harness_measure(subject: Subject, options: EvaluateOptions, workdir: Path) -> Any:
     config = subject.model.config
     length = options.length or config.max_position_embeddings
@@ -185,6 +221,7 @@ def _harness_measure(subject: Subject, options: EvaluateOptions, workdir: Path) 
         options.batch_size,
         options.seed,
         options.thinking,
+        options.cache_dtype,
     )
 
     def measure() -> tuple[list[Figure], str]:
@@ -207,6 +244,7 @@ def _measure_problems(
             options.max_new_tokens,
             stop_ids=subject.stop_ids,
             batch_size=options.batch_size,
+            cache_dtype=options.cache_dtype,
         )
 
     held_out = own_problems.held_out_problems(options.problems, options.seed)

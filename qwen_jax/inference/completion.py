@@ -3,13 +3,17 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from qwen_jax.errors import UserError
 from qwen_jax.inference.decoding import TokenStream
+from qwen_jax.inference.slots import SlotStream
+from qwen_jax.inference.speculation import SpeculativeStream
 from qwen_jax.text import StopStrings, Tokenizer
 from qwen_jax.text.parsing import THINK_CLOSE, THINK_OPEN, thinking_is_open
+
+Stream = TokenStream | SlotStream | SpeculativeStream
 
 # Tokens that <think> and the line's end take at most, where the tag is spelled.
 _TAIL = 16
@@ -87,12 +91,12 @@ class ThinkingBudget:
             if ends_inside_reasoning(tokenizer, prompt):
                 self._left[row] = limit
 
-    def start(self, stream: TokenStream) -> None:
+    def start(self, stream: Stream) -> None:
         """Forces what a limit of 0 asks for before the first token."""
         for row in range(len(self._left)):
             self._close_if_spent(stream, row)
 
-    def take(self, stream: TokenStream, row: int, token: int) -> None:
+    def take(self, stream: Stream, row: int, token: int) -> None:
         """Counts a row's new token and forces the end of its reasoning when it is due."""
         if self._left[row] is not None:
             self._left[row] = None if token == self._close_id else self._left[row] - 1
@@ -101,13 +105,65 @@ class ThinkingBudget:
         self._may_open[row] &= self._is_newlines(token)
         self._close_if_spent(stream, row)
 
-    def _close_if_spent(self, stream: TokenStream, row: int) -> None:
+    def _close_if_spent(self, stream: Stream, row: int) -> None:
         if self._left[row] == 0:
             stream.force(row, self._closing)
             self._left[row], self._may_open[row] = None, False
 
     def _is_newlines(self, token: int) -> bool:
         return not self._tokenizer.decode(token).strip("\n")
+
+
+def finished_texts(
+    stream: Stream,
+    rows: int,
+    tokenizer: Tokenizer,
+    stop_strings: Sequence[str] = (),
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+    thinking_budget: ThinkingBudget | None = None,
+    on_step: Callable[[list[int | None]], None] = lambda step: None,
+) -> Iterator[tuple[int, Completion]]:
+    """Runs `stream` to its end, and gives each row and its completion once it is finished.
+
+    Args:
+      stream: a fresh one.
+      rows: how many prompts it has.
+      tokenizer: of the model.
+      stop_strings: text that ends a row; it is not part of the completion.
+      on_text: gets (row, new text) as soon as text is final: whole characters, never any part of a
+        stop string.
+      thinking_budget: ends reasoning that takes too long; None leaves it to the model.
+      on_step: gets each step of the stream, before it is read.
+    """
+    decoders = [tokenizer.stream(continues=True) for _ in range(rows)]
+    stops = [StopStrings(stop_strings) for _ in range(rows)]
+    texts = [""] * rows
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    if thinking_budget is not None:
+        thinking_budget.start(stream)
+
+    def emit(row: int, text: str) -> None:
+        if text:
+            texts[row] += text
+            on_text(row, text)
+
+    for step in stream:
+        on_step(step)
+        for row, token in enumerate(step):
+            if token is None:
+                continue
+            ids[row].append(token)
+            if thinking_budget is not None:
+                thinking_budget.take(stream, row, token)
+            emit(row, stops[row].push(decoders[row].push(token)))
+            if stops[row].matched is not None:
+                stream.stop(row)
+            if stream.finished(row):
+                stopped = not stream.active(row)
+                emit(row, stops[row].push(decoders[row].finish()))
+                emit(row, stops[row].finish())
+                stopped |= stops[row].matched is not None
+                yield row, Completion(texts[row], ids[row], "stop" if stopped else "length")
 
 
 def complete(
@@ -118,59 +174,25 @@ def complete(
     on_text: Callable[[int, str], None] = lambda row, text: None,
     thinking_budget: ThinkingBudget | None = None,
 ) -> tuple[list[Completion], Timing]:
-    """Runs `stream` to its end.
-
-    Args:
-      stream: a fresh one.
-      rows: how many prompts it has.
-      tokenizer: of the model.
-      stop_strings: text that ends a row; it is not part of the completion.
-      on_text: gets (row, new text) as soon as text is final: whole characters, never any part of a
-        stop string.
-      thinking_budget: ends reasoning that takes too long; None leaves it to the model.
+    """Runs `stream` to its end; arguments as for `finished_texts`.
 
     Returns:
       A completion for each row, and how long it took.
     """
-    decoders = [tokenizer.stream(continues=True) for _ in range(rows)]
-    stops = [StopStrings(stop_strings) for _ in range(rows)]
-    texts = [""] * rows
-    ids: list[list[int]] = [[] for _ in range(rows)]
-    ended = [False] * rows
     rates: list[float] = []
-    first_token_s = 0.0
-    if thinking_budget is not None:
-        thinking_budget.start(stream)
-    before = time.perf_counter()
+    before, first_token_s = time.perf_counter(), 0.0
 
-    def emit(row: int, text: str) -> None:
-        if text:
-            texts[row] += text
-            on_text(row, text)
-
-    for step in stream:
+    def count(step: list[int | None]) -> None:
+        nonlocal before, first_token_s
         now = time.perf_counter()
         if first_token_s:
             rates.append(sum(token is not None for token in step) / (now - before))
         else:
             first_token_s = now - before
         before = now
-        for row, token in enumerate(step):
-            if token is None:
-                continue
-            ids[row].append(token)
-            if thinking_budget is not None:
-                thinking_budget.take(stream, row, token)
-            emit(row, stops[row].push(decoders[row].push(token)))
-            if stops[row].matched is not None:
-                stream.stop(row)
-            ended[row] = not stream.active(row)
-    for row in range(rows):
-        emit(row, stops[row].push(decoders[row].finish()))
-        emit(row, stops[row].finish())
-        ended[row] |= stops[row].matched is not None
-    completions = [
-        Completion(text, row_ids, "stop" if stopped else "length")
-        for text, row_ids, stopped in zip(texts, ids, ended, strict=True)
-    ]
-    return completions, Timing(first_token_s, statistics.median(rates) if rates else 0.0)
+
+    found = dict(
+        finished_texts(stream, rows, tokenizer, stop_strings, on_text, thinking_budget, count)
+    )
+    timing = Timing(first_token_s, statistics.median(rates) if rates else 0.0)
+    return [found[row] for row in range(rows)], timing

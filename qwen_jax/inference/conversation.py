@@ -13,7 +13,7 @@ from qwen_jax.inference.completion import (
 from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder
-from qwen_jax.nn.cache import Cache, rewind_cache
+from qwen_jax.nn.cache import Cache, CacheDtype, check_cache_dtype, rewind_cache
 from qwen_jax.nn.rope import inverse_frequencies
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.parsing import THINK_CLOSE, parse_reply
@@ -40,6 +40,7 @@ class Conversation:
         system: str | None = None,
         allow_special: bool = False,
         max_window_size: int | None = None,
+        cache_dtype: CacheDtype | None = None,
         **template_variables: Any,
     ):
         """Starts an empty conversation.
@@ -50,9 +51,12 @@ class Conversation:
           allow_special: whether control tokens that a user types become control ids.
           max_window_size: tokens that the messages before the user's newest stay below, the oldest
             turns left out of the prompt for it, as generation_config.json has it; None for all.
+          cache_dtype: as for `TokenStream`.
           **template_variables: for the chat template, such as `enable_thinking`.
         """
         self._model, self._params, self._tokenizer = model, params, tokenizer
+        check_cache_dtype(cache_dtype)
+        self._cache_dtype = cache_dtype
         self._allow_special = allow_special
         self._max_window_size = max_window_size
         self._template_variables = template_variables
@@ -110,6 +114,7 @@ class Conversation:
             seed,
             cache,
             first_row=len(self.messages),
+            cache_dtype=self._cache_dtype,
         )
         (answer,), timing = complete(
             stream, 1, self._tokenizer, stop_strings, lambda _, text: on_text(text), budget

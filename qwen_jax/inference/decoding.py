@@ -26,7 +26,7 @@ from qwen_jax.inference.sampling import (
     init_seen,
 )
 from qwen_jax.models.decoder import Decoder, warn_if_longer
-from qwen_jax.nn.cache import Cache, grow_cache, init_cache
+from qwen_jax.nn.cache import Cache, CacheDtype, check_cache_dtype, grow_cache, init_cache
 from qwen_jax.sharding.axes import Layout, constrain, num_shards
 
 # Slots that a cache gets for new tokens at first; it doubles when they are used up, so that a
@@ -35,7 +35,7 @@ _FIRST_ROOM = 256
 
 # XLA fetches weights ahead of their use, on TPUs in pieces, each of which takes 32 KiB of tables in
 # memory, 80 MB in a model of 64 layers. 0 is off; libtpu aborts on v6e where one piece is allowed.
-_COMPILER_OPTIONS = {"tpu": {"xla_tpu_sliced_prefetch_max_slices": 0}}
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_sliced_prefetch_max_slices": 0}}
 
 
 @flax.struct.dataclass
@@ -88,6 +88,7 @@ class TokenStream:
         seed: int = 0,
         cache: Cache | None = None,
         first_row: int | Sequence[int] = 0,
+        cache_dtype: CacheDtype | None = None,
     ):
         """Checks the prompts; nothing runs until the first step.
 
@@ -102,10 +103,11 @@ class TokenStream:
           first_row: number of the first prompt among those that share the seed, or those of all
             prompts, where a caller cuts them into batches: each then draws as it would in one
             large batch.
+          cache_dtype: as for `init_cache`; None for that of `cache`, where there is one.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, no tokens to generate, a
-            model that scores instead of writing.
+            model that scores instead of writing, a `cache_dtype` that is none or not the cache's.
         """
         self._model, self._params = model, params
         self._rule = (options or SamplingOptions()).rule()
@@ -113,6 +115,8 @@ class TokenStream:
         check_writes_text(config)
         check_integer("max_new_tokens", max_new_tokens, 1)
         check_integer("seed", seed, 0, 2**32 - 1)
+        check_cache_dtype(cache_dtype, cache)
+        self._cache_dtype = cache_dtype
         self._prompts = [
             read_ids(config, f"prompt {row}", prompt) for row, prompt in enumerate(prompts)
         ]
@@ -145,7 +149,7 @@ class TokenStream:
             self._state = self._prefill()
         else:
             self._make_room()
-            step = decode_step(self._platform)
+            step = decode_step(platform_of(self._params))
             self._state = step(
                 self._model, self._params, self._state, self._next_forced(), self._rule
             )
@@ -157,7 +161,7 @@ class TokenStream:
         ]
         for row, token in enumerate(step):
             if token == -1:
-                raise UserError(_not_numbers(self._given, self._dtype))
+                raise UserError(not_numbers(self._given, dtype_of(self._params)))
             if token in self._stop_ids:
                 self.stop(row)
         return step
@@ -181,21 +185,14 @@ class TokenStream:
         """Whether a row has met neither a stop id nor `stop`."""
         return self._active[row]
 
+    def finished(self, row: int) -> bool:
+        """Whether a row has no more tokens to come."""
+        return not self._active[row] or self._given == self._max_new_tokens
+
     @property
     def cache(self) -> Cache | None:
         """The cache so far; None before the first step of a stream that was given none."""
         return self._start_cache if self._state is None else self._state.cache
-
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return self._params["embed_tokens"]["weight"].dtype
-
-    @property
-    def _platform(self) -> str:
-        weight = self._params["embed_tokens"]["weight"]
-        if isinstance(weight, jax.Array):
-            return next(iter(weight.devices())).platform
-        return jax.default_backend()
 
     def _prefill(self) -> DecodeState:
         lengths = np.array([len(prompt) for prompt in self._prompts])
@@ -213,7 +210,9 @@ class TokenStream:
         config = self._model.config
         self._used += longest
         if self._start_cache is None:
-            cache = init_cache(config, B, T, self._dtype, self._model.mesh)
+            cache = init_cache(
+                config, B, T, dtype_of(self._params), self._model.mesh, self._cache_dtype
+            )
             past = np.zeros(B, np.int32)
         else:
             cache = self._start_cache
@@ -264,48 +263,6 @@ class TokenStream:
         return bucket(self._used + min(left, max(_FIRST_ROOM, self._used)))
 
 
-def generate(
-    model: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    seed: int = 0,
-    stop_ids: Iterable[int] | None = None,
-) -> list[list[int]]:
-    """New token ids for each prompt, its stop id included where it met one.
-
-    Args:
-      model, params: as `load_pretrained` returns them.
-      prompts: token ids, a row each, of any lengths.
-      max_new_tokens: of each row.
-      temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty:
-        see `SamplingOptions`.
-      seed: of the draws.
-      stop_ids: ids that end a row; None takes the model's `eos_token_ids`.
-
-    Raises:
-      UserError: an empty prompt, an id outside the vocabulary, an option outside its range.
-    """
-    options = SamplingOptions(
-        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
-    )
-    rows: list[list[int]] = [[] for _ in prompts]
-    if not rows:
-        return rows
-    for step in TokenStream(model, params, prompts, max_new_tokens, options, stop_ids, seed):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
-
-
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def prefill(model, params, cache, ids, mask, positions, seed, rows, forced, rule) -> DecodeState:
     """The first step: prompts [B, T] into an empty or used cache, which is donated."""
@@ -327,7 +284,7 @@ def decode_step(platform: str) -> Any:
         _decode_step,
         static_argnames="model",
         donate_argnames="state",
-        compiler_options=_COMPILER_OPTIONS.get(platform),
+        compiler_options=COMPILER_OPTIONS.get(platform),
     )
 
 
@@ -348,6 +305,19 @@ def _chosen(
     # Every process reads them.
     tokens = constrain(tokens, model.mesh and Layout(model.mesh), None)
     return state.replace(tokens=tokens, step=state.step + 1, seen=seen)
+
+
+def dtype_of(params: Any) -> jnp.dtype:
+    """What a model computes in: the dtype of its embeddings."""
+    return params["embed_tokens"]["weight"].dtype
+
+
+def platform_of(params: Any) -> str:
+    """Of the devices that have the parameters; JAX's default where none do yet."""
+    weight = params["embed_tokens"]["weight"]
+    if isinstance(weight, jax.Array):
+        return next(iter(weight.devices())).platform
+    return jax.default_backend()
 
 
 def read_ids(config: ModelConfig, name: str, text: Sequence[int]) -> np.ndarray:
@@ -372,7 +342,8 @@ def read_ids(config: ModelConfig, name: str, text: Sequence[int]) -> np.ndarray:
     return ids
 
 
-def _not_numbers(given: int, dtype: jnp.dtype) -> str:
+def not_numbers(given: int, dtype: jnp.dtype) -> str:
+    """What is wrong where no token is the likeliest."""
     wider = "" if dtype == jnp.float32 else ", or load it as float32"
     return (
         f"the logits of new token {given} are NaN or infinite in {dtype}; download the checkpoint "

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,16 +25,17 @@ from qwen_jax.models.placement import (
     arrange,
     check_call,
     place,
+    place_parts,
     restore,
     select,
     tokens_of_cache,
 )
-from qwen_jax.nn.attention import Tokens
 from qwen_jax.nn.cache import Cache, LayerCache, cache_shardings
 from qwen_jax.nn.delta_rule import DeltaState
 from qwen_jax.nn.linear import fetch_param, linear
 from qwen_jax.nn.moe import Dispatch, Routing
 from qwen_jax.nn.rope import inverse_frequencies
+from qwen_jax.nn.tokens import Parts, Tokens
 from qwen_jax.sharding.axes import (
     HIDDEN,
     TOKENS,
@@ -158,6 +159,56 @@ class Decoder(nn.Module):
         return self._output(
             config, call, tokens, cache_after, layers, (*hidden_states[:-1], x), router, logits_at
         )
+
+    def run_parts(
+        self,
+        calls: Sequence[tuple[jax.Array, jax.Array | None, jax.Array | None]],
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs several calls after one cache in one pass: a step of all rows, prompts of some.
+
+        Usage: `model.apply({"params": params}, calls, cache, method="run_parts")`. Each weight is
+        read once for all of them, and no row is filled up to the length of another.
+
+        Args:
+          calls: each its ids [b, t], its mask [b, t] with False at padding or None, and its rows
+            of the cache, int32 [b], or None where b is all of them. Rows are distinct, but for
+            those past the cache's end, which stand for none: their tokens are all padding. A row of
+            the cache whose tokens are all padding stays as it is.
+          cache: the tokens before these; on no mesh.
+
+        Returns:
+          Logits of each row's last real token, float32 [R, V], R the rows of all calls; and the
+          cache with the tokens in it.
+
+        Raises:
+          ValueError: the model is on a mesh, its RoPE depends on the length of the text, or it has
+            no head of a vocabulary.
+        """
+        config = self.config
+        if self.mesh is not None or config.rope.depends_on_length:
+            raise ValueError(
+                "calls in parts: neither on a mesh nor where lengths change frequencies"
+            )
+        if config.head is not HeadKind.VOCABULARY:
+            raise ValueError(
+                f"calls in parts are for language models, not a {config.head.value} head"
+            )
+        calls = [(check_call(ids, mask), rows) for ids, mask, rows in calls]
+        ids, tokens, after = place_parts(config, calls, cache)
+        x = _embed(self.embed_tokens(), ids, None)
+        hidden_states, layers, _ = self._run_layers(x, tokens, cache.layers)
+        last = [
+            select(own, "last", call, part.tokens)
+            for own, (call, _), part in zip(
+                tokens.split(hidden_states[-1]), calls, tokens.parts, strict=True
+            )
+        ]
+        # Norms are token by token, so that the others need none.
+        logits = self.read(self.norm(jnp.concatenate(last)))
+        fits = after.lengths <= after.capacity
+        fits = jnp.concatenate([part.of_cache(fits) for part in tokens.parts])
+        return jnp.where(fits[:, None], logits[:, 0], jnp.nan), after.replace(layers=layers)
 
     def begin(
         self,
@@ -337,7 +388,7 @@ class Decoder(nn.Module):
                 return self.score(x).astype(jnp.float32)
 
     def _run_layers(
-        self, x: jax.Array, tokens: Tokens, caches: tuple[LayerCache | None, ...]
+        self, x: jax.Array, tokens: Tokens | Parts, caches: tuple[LayerCache | None, ...]
     ) -> tuple[list[jax.Array], tuple[LayerCache | None, ...], tuple[Routing | None, ...]]:
         """The input and every layer's output, the layers' new caches, and their routing."""
         hidden_states, new_caches, router = [x], [], []

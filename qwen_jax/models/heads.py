@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.layer import CompiledLinear, CompiledNorm, norm_of
-from qwen_jax.nn.attention import Tokens
-from qwen_jax.nn.cache import AttentionCache, Cache, init_cache
+from qwen_jax.nn.cache import AttentionCache, Cache, CacheDtype, init_cache
 from qwen_jax.nn.moe import Dispatch, Routing
+from qwen_jax.nn.tokens import Tokens
 
 
 class GuardHead(nn.Module):
@@ -93,7 +93,12 @@ def mtp_config(config: ModelConfig) -> ModelConfig:
 
 
 def init_mtp_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Cache:
     """An empty cache for `Decoder.predict_next`, as `nn.cache.init_cache`.
 
@@ -106,4 +111,4 @@ def init_mtp_cache(
             f"rope_type = {config.rope.kind.value} changes what the head has cached as the text "
             "grows; run predict_next without a cache"
         )
-    return init_cache(mtp_config(config), batch, capacity, dtype, mesh)
+    return init_cache(mtp_config(config), batch, capacity, dtype, mesh, cache_dtype)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.config import LayerKind, ModelConfig
-from qwen_jax.nn.attention import Attention, Tokens
+from qwen_jax.nn.attention import Attention
 from qwen_jax.nn.cache import LayerCache
 from qwen_jax.nn.gated_delta_net import GatedDeltaNet
 from qwen_jax.nn.linear import Linear
@@ -16,6 +16,7 @@ from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.moe import Dispatch, Routing
 from qwen_jax.nn.norms import RMSNorm
 from qwen_jax.nn.sparse_moe import SparseMoe
+from qwen_jax.nn.tokens import Parts, Tokens, over_parts
 from qwen_jax.sharding.axes import HIDDEN, constrain, gather
 
 
@@ -37,14 +38,19 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: Tokens, cache: LayerCache | None
+        self, x: jax.Array, tokens: Tokens | Parts, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """[B, T, D] -> [B, T, D], the layer's new cache, and where its tokens were routed."""
         config = self.config
         normed = norm_of(config, RMSNorm, name="input_layernorm")(x)
         if self.kind is LayerKind.LINEAR_ATTENTION:
             mixer = GatedDeltaNet(config, name="linear_attn")
-            mixed, cache = mixer(normed, tokens.real, cache, tokens.layout, tokens.segments)
+            mixed, cache = over_parts(
+                lambda x, own, cache: mixer(x, own.real, cache, own.layout, own.segments),
+                (normed,),
+                tokens,
+                cache,
+            )
         else:
             mixer = Attention(config, self.kind, name="self_attn")
             mixed, cache = mixer(normed, tokens, cache)

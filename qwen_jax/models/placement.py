@@ -5,6 +5,7 @@ another order. Both happen here, to token ids, and are undone on what comes out.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.struct
@@ -15,10 +16,10 @@ from jax.sharding import Mesh
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.nn import dual_chunk
-from qwen_jax.nn.attention import DualChunk, Tokens
 from qwen_jax.nn.cache import Cache, write_slots
 from qwen_jax.nn.ring import zigzag
 from qwen_jax.nn.rope import logn_scale, rotation
+from qwen_jax.nn.tokens import DualChunk, Part, Parts, Tokens
 from qwen_jax.sharding.axes import (
     CONTEXT,
     HIDDEN,
@@ -274,6 +275,38 @@ def _place_after(
         places,
     )
     return ids, tokens, cache
+
+
+def place_parts(
+    config: ModelConfig, calls: Sequence[tuple[Call, jax.Array | None]], cache: Cache
+) -> tuple[jax.Array, Parts, Cache]:
+    """Several calls after the tokens of one cache, as the layers run them at once.
+
+    Args:
+      config: of the model, whose RoPE does not depend on the length of the text.
+      calls: each with its rows of the cache, int32 [b], None for all.
+      cache: before all of them.
+
+    Returns:
+      Token ids [1, N], where they stand, and the cache's books with the tokens entered.
+    """
+    ids, parts = [], []
+    # Layers are not the books: what they hold is not to be copied for a row of it.
+    layers, cache = cache.layers, cache.replace(layers=())
+    for call, rows in calls:
+        length = call.ids.shape[1]
+        place = Part(Tokens(call.ids, None, None, None), rows)
+        before = place.of_cache(cache)
+        if call.mask is not None and call.positions is None:
+            # Where nothing is said padding counts, and a row that rests would move on.
+            order = jnp.cumsum(call.mask, axis=1) - 1
+            positions = jnp.where(call.mask, before.next_positions[:, None] + order, 0)
+            call = call.replace(positions=positions.astype(jnp.int32))
+        own, tokens, after = _place_after(config, None, length, call, before)
+        cache = place.put_back(cache, after)
+        parts.append(Part(tokens, rows))
+        ids.append(own.reshape(1, -1))
+    return jnp.concatenate(ids, axis=1), Parts(tuple(parts)), cache.replace(layers=layers)
 
 
 def tokens_of_cache(config: ModelConfig, layout: Layout | None, cache: Cache, frequencies_for):

@@ -10,6 +10,7 @@ Masks are described by slots and groups; no array [T, S] goes in, comes out or i
 
 import enum
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,12 +19,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# The side of a square of scores in memory, for each head: large enough to keep the hardware busy.
-_BLOCK = 512
+from qwen_jax.nn.int8_vectors import Vectors, factors, times_scales
+
+# The side of a square of scores in memory, for each head: large enough to keep the hardware busy,
+# and small enough for a core's own cache.
+_BLOCK = 256
+# The same of keys where queries are few.
+_BLOCK_OF_FEW = 512
 # Queries whose scores are computed at once where it is known that they see no key behind them.
 _ROWS = 128
 # Up to so many queries, as in decoding, all of a row's scores are small.
-_FEW_QUERIES = 16
+FEW_QUERIES = 16
+# Up to so many queries of a key head, a CPU sums products number by number, as keys and values lie:
+# reading them is what takes time, and XLA would transpose them before products of matrices.
+_FEW_PAIRS = 8
+# Numbers that such sums run over side by side; XLA keeps the order of a sum, and so does not by
+# itself turn a long one into sums of vectors.
+_LANES = 16
 # Stands for the logarithm of zero. Finite, so that a query that sees no key makes no NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -67,8 +79,8 @@ class Mask:
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Vectors,
+    v: Vectors,
     mask: Mask,
     scale: jax.Array | float | None = None,
     method: Literal["auto", "plain", "blockwise"] = "auto",
@@ -80,7 +92,8 @@ def attend(
     Args:
       q: [B, T, H, d].
       k: [B, S, K, d]; key head j serves query heads j * G to (j + 1) * G - 1.
-      v: [B, S, K, dv].
+      v: [B, S, K, dv]. In int8, which has no gradient, both are read in q's dtype: block by block
+        where that is the method, else all at once.
       mask: which keys each query sees.
       scale: what scores are multiplied by, broadcast to [B, T]; None for d ** -0.5.
       method: "plain" holds all scores [B, H, T, S] at once; "blockwise" needs memory linear in
@@ -110,13 +123,14 @@ def attend(
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     q = _grouped(q, k)
     if method == "auto":
-        few = T <= _FEW_QUERIES or (T <= _BLOCK and S <= 8 * _BLOCK)
+        few = T <= FEW_QUERIES or (T <= 2 * _BLOCK and S <= 16 * _BLOCK)
         method = "plain" if few else "blockwise"
     if method == "plain":
         plain = _plain_in_order if in_order else _plain
         out, lse = plain(dtype, q, k, v, mask, scale)
     else:
-        out, lse = _blockwise(_BLOCK, dtype, q, k, v, mask, scale)
+        block = _BLOCK_OF_FEW if T <= FEW_QUERIES else _BLOCK
+        out, lse = _blockwise(block, dtype, q, k, v, mask, scale)
     return _ungrouped(out), _ungrouped(lse)
 
 
@@ -154,7 +168,7 @@ def gradients_of_part(
     return _ungrouped(d_q), d_scale, d_k, d_v
 
 
-def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
+def _grouped(x: jax.Array, k: Vectors) -> jax.Array:
     """[B, T, H, ...] by the heads of k [B, S, K, d]."""
     return einops.rearrange(x, "B T (K G) ... -> B T K G ...", K=k.shape[2])
 
@@ -183,12 +197,12 @@ def _plain(dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
     """Out and log-sum-exp of q [B, T, K, G, d], with K and G apart as well."""
     seen = _seen(mask, k.shape[1])
     scores = _scores(q, k, seen, scale)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    wide = jnp.promote_types(v.dtype, dtype)
-    out = jnp.einsum("BKGTS,BSKd->BTKGd", weights, v, preferred_element_type=wide).astype(dtype)
+    weights = times_scales(jax.nn.softmax(scores, axis=-1), v).astype(v.dtype)
+    out = _by_query(weights, factors(v), jnp.promote_types(v.dtype, dtype))
+    out = einops.rearrange(out, "B K G T d -> B T K G d")
     lse = einops.rearrange(jax.nn.logsumexp(scores, axis=-1), "B K G T -> B T K G")
     sees = jnp.any(seen, axis=-1)[:, :, None, None]
-    return jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, _LOWEST)
+    return jnp.where(sees[..., None], out.astype(dtype), 0), jnp.where(sees, lse, _LOWEST)
 
 
 def _plain_in_order(dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +249,8 @@ def _seen(mask: Mask, S: int) -> jax.Array:
 
 def _scores(q, k, seen, scale) -> jax.Array:
     """float32 [B, K, G, T, S], the lowest number where a key is not seen."""
-    scores = _product("BTKGd,BSKd->BKGTS", q, k) * scale[:, None, None, :, None]
+    scores = _by_pair(q, factors(k)) * scale[:, None, None, :, None]
+    scores = times_scales(scores, k)
     return jnp.where(seen[:, None, None], scores, _LOWEST)
 
 
@@ -270,8 +285,9 @@ def _blockwise(block: int, dtype, q, k, v, mask: Mask, scale) -> tuple[jax.Array
             # Where nothing was seen yet, the difference of two lowest numbers is not a weight.
             weights = jnp.where(seen, jnp.exp(scores - new_highest[..., None]), 0)
             keep = jnp.exp(highest - new_highest)
-            product = _product("BKGTS,BSKd->BKGTd", weights.astype(v.dtype), v_j)
             total = total * keep + weights.sum(axis=-1)
+            weights = times_scales(weights, v_j).astype(v.dtype)
+            product = _by_query(weights, factors(v_j))
             return new_highest, total, out * keep[..., None] + product
 
         first, end = _range_of_key_blocks(queries, mask, S, size)
@@ -332,11 +348,11 @@ def _gradients(block: int, dtype, q, k, v, mask: Mask, scale, d_out, lse, lost):
             d_q, (d_k, d_v) = state
             start, k_j, v_j, seen, scores = _tile(queries, k, v, mask, j, size)
             weights = jnp.where(seen, jnp.exp(scores - lse_i), 0)
-            d_weights = _product("BTKGd,BSKd->BKGTS", d_out_i, v_j)
+            d_weights = _by_pair(d_out_i, v_j)
             d_scores = (weights * (d_weights - lost_i)).astype(q.dtype)
-            d_q = d_q + _product("BKGTS,BSKd->BTKGd", d_scores, k_j)
-            d_k = _add_at(d_k, start, _product("BKGTS,BTKGd->BSKd", d_scores, scaled_q))
-            d_v_j = _product("BKGTS,BTKGd->BSKd", weights.astype(d_out_i.dtype), d_out_i)
+            d_q = d_q + einops.rearrange(_by_query(d_scores, k_j), "B K G T d -> B T K G d")
+            d_k = _add_at(d_k, start, _by_key(d_scores, scaled_q))
+            d_v_j = _by_key(weights.astype(d_out_i.dtype), d_out_i)
             return d_q, (d_k, _add_at(d_v, start, d_v_j))
 
         first, end = _range_of_key_blocks(queries, mask, S, size)
@@ -354,9 +370,75 @@ def _gradients(block: int, dtype, q, k, v, mask: Mask, scale, d_out, lse, lost):
     return d_q, d_k, d_v, d_scale
 
 
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum, summed and returned in float32."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+def _by_pair(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Products of queries [B, T, K, G, d] with keys [B, S, K, d]: float32 [B, K, G, T, S]."""
+    _, T, _, G, _ = x.shape
+    if T > FEW_QUERIES:
+        products = _product("BKRd,BKSd->BKRS", _rows_of(x), _heads_first(y))
+        return einops.rearrange(products, "B K (G T) S -> B K G T S", T=T)
+    by_head = functools.partial(_product, "BTKGd,BSKd->BKGTS")
+    if T * G > _FEW_PAIRS:
+        return by_head(x, y)
+
+    def by_number(x: jax.Array, y: jax.Array) -> jax.Array:
+        lanes = math.gcd(x.shape[-1], _LANES)
+        x = einops.rearrange(_two_or_more(x, axis=3), "B T K G (n l) -> B 1 T K G n l", l=lanes)
+        y = einops.rearrange(y, "B S K (n l) -> B S 1 K 1 n l", l=lanes)
+        products = jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-2).sum(axis=-1)
+        return einops.rearrange(products, "B S T K G -> B K G T S")[:, :, :G]
+
+    return jax.lax.platform_dependent(x, y, cpu=by_number, default=by_head)
+
+
+def _by_query(weights: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Sums of y [B, S, K, d] by weights [B, K, G, T, S]: [B, K, G, T, d]."""
+    _, _, G, T, _ = weights.shape
+    if T > FEW_QUERIES:
+        weights = einops.rearrange(weights, "B K G T S -> B K (G T) S")
+        sums = _product("BKRS,BKSd->BKRd", weights, _heads_first(y), dtype)
+        return einops.rearrange(sums, "B K (G T) d -> B K G T d", T=T)
+    by_head = functools.partial(_product, "BKGTS,BSKd->BKGTd", dtype=dtype)
+    if T * G > _FEW_PAIRS:
+        return by_head(weights, y)
+
+    def by_number(weights: jax.Array, y: jax.Array) -> jax.Array:
+        weights = einops.rearrange(_two_or_more(weights, axis=2), "B K G T S -> B S K G T 1")
+        return jnp.sum(weights.astype(dtype) * y[:, :, :, None, None].astype(dtype), axis=1)[
+            :, :, :G
+        ]
+
+    return jax.lax.platform_dependent(weights, y, cpu=by_number, default=by_head)
+
+
+def _two_or_more(x: jax.Array, axis: int) -> jax.Array:
+    """`x`, twice along an axis of one: without that axis XLA's CPU compiler sums far slower."""
+    if x.shape[axis] > 1:
+        return x
+    return jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=axis))
+
+
+def _by_key(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums of x [B, T, K, G, d] by weights [B, K, G, T, S]: float32 [B, S, K, d]."""
+    weights = einops.rearrange(weights, "B K G T S -> B K (G T) S")
+    return _product("BKRS,BKRd->BSKd", weights, _rows_of(x))
+
+
+def _rows_of(x: jax.Array) -> jax.Array:
+    """Queries by key head, [B, K, G * T, d]: products of one matrix with another a head.
+
+    XLA's CPU compiler multiplies them several times faster than with the axes of G and T apart. A
+    few queries stay as they are, since keys would be transposed for them.
+    """
+    return einops.rearrange(x, "B T K G d -> B K (G T) d")
+
+
+def _heads_first(y: jax.Array) -> jax.Array:
+    return einops.rearrange(y, "B S K d -> B K S d")
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.float32):
+    """An einsum, summed and returned in float32, or in `dtype`."""
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
 def _add_at(x: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
@@ -413,7 +495,7 @@ def _tile(queries: _Queries, k, v, mask: Mask, j, size: int):
         key_segments=jax.tree.map(take, mask.key_segments),
     )
     seen = _seen(mask, size) & (places >= j * size)
-    k_j, v_j = take(k), take(v)
+    k_j, v_j = jax.tree.map(take, (k, v))
     scores = _scores(queries.q, k_j, seen, queries.scale)
     return start, k_j, v_j, seen[:, None, None], scores
 

@@ -5,13 +5,12 @@ import functools
 
 import einops
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.attend import Mask
-from qwen_jax.nn.cache import AttentionCache, KeyValues, key_value_axes, write_slots
+from qwen_jax.nn.cache import AttentionCache, key_value_axes, write_key_values, write_slots
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
 from qwen_jax.nn.kernels.choose import Kernels, kernels_on
 from qwen_jax.nn.kernels.paged import PagedKeyValues, paged_attend, read_pages, write_pages
@@ -24,58 +23,9 @@ from qwen_jax.nn.ring import (
     write_own_slots,
     write_travelling_slots,
 )
-from qwen_jax.nn.rope import Rotation, rotate
-from qwen_jax.sharding.axes import CONTEXT, TOKENS, Layout, is_cut, on_shards, repeat_heads
-
-
-@flax.struct.dataclass
-class DualChunk:
-    """Where the tokens of a call stand in Dual Chunk Attention.
-
-    Attributes:
-      successive, inter: rotations of queries for keys of the chunk before and of older chunks; the
-        call's own rotation is for keys, and for queries of the same chunk.
-      query_chunks, key_chunks: int32 [B, T] and [B, S].
-      scale: float32 [B], of the call's keys and of its scores.
-    """
-
-    successive: Rotation
-    inter: Rotation
-    query_chunks: jax.Array
-    key_chunks: jax.Array
-    scale: jax.Array
-
-
-@flax.struct.dataclass
-class Tokens:
-    """Where the tokens of a call stand, the same for every layer.
-
-    Attributes:
-      slots: int32 [B, T], each token's place in the row's key order; a key at slot s is seen by
-        queries at slot s and later. With a cache, padding has a slot past its end.
-      real: bool [B, T], tokens that are not padding; None when all are real.
-      key_valid: bool [B, S], keys that are real tokens; None when slots alone decide.
-      segments: int32 [B, T], the text of several in a row that each token belongs to; None for one.
-      places: int32 [B, T], where in the call's arguments each token stood, if not here; places
-        past their end are padding that only the mesh needs. Tokens see each other by slots, so
-        that their order here is free.
-      rotation: of the call's tokens.
-      query_scale: float32 [B, T], what queries are multiplied by; None for nothing.
-      dual_chunk: in models with Dual Chunk Attention.
-      num_tokens: of the caller's, padding included; None for all here.
-      layout: where the tokens lie on a mesh; None without one.
-    """
-
-    slots: jax.Array
-    real: jax.Array | None
-    key_valid: jax.Array | None
-    rotation: Rotation
-    query_scale: jax.Array | None = None
-    segments: jax.Array | None = None
-    places: jax.Array | None = None
-    dual_chunk: DualChunk | None = None
-    num_tokens: int | None = flax.struct.field(pytree_node=False, default=None)
-    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+from qwen_jax.nn.rope import rotate
+from qwen_jax.nn.tokens import Parts, Tokens, over_parts
+from qwen_jax.sharding.axes import CONTEXT, TOKENS, is_cut, on_shards, repeat_heads
 
 
 class Attention(nn.Module):
@@ -90,7 +40,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tokens: Tokens, cache: AttentionCache | None
+        self, x: jax.Array, tokens: Tokens | Parts, cache: AttentionCache | None
     ) -> tuple[jax.Array, AttentionCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this call's tokens in it."""
         config, d, shape = self.config, self.config.head_dim, x.shape
@@ -108,7 +58,7 @@ class Attention(nn.Module):
             q = RMSNorm(config.rms_norm_eps, centered, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, centered, name="k_norm")(k)
         k, v = (repeat_heads(x, tokens.layout, "kv_heads") for x in (k, v))
-        out, cache = self._attend(q, k, v, tokens, cache)
+        out, cache = over_parts(self._attend, (q, k, v), tokens, cache)
         if config.output_gate:
             out = out * nn.sigmoid(project("gate_proj", config.num_attention_heads))
         out = einops.rearrange(out, "B T H d -> B T (H d)")
@@ -182,7 +132,7 @@ def _enter_and_attend(
       slots, key_valid, segments: as `Tokens` has them.
       chunks: of the queries and of the keys.
       scale: float32 [B, T]; None for the default one.
-      cache: with arrays [B, S, K, d], or pages, of which one token reads those filled only.
+      cache: with [B, S, K, d] of floats or int8; or pages, of which one token reads those filled.
     """
     q = queries[0]
     # Where no mesh cuts the texts key s stands at slot s.
@@ -197,11 +147,14 @@ def _enter_and_attend(
         if slots_cut:
             write = write_travelling_slots if length_cut else write_own_slots
             write = functools.partial(write, axis_name=CONTEXT)
-        cache = KeyValues(write(cache.keys, slots, k), write(cache.values, slots, v))
+        cache = write_key_values(cache, slots, k, v, write)
         k, v = (x.astype(q.dtype) for x in (cache.keys, cache.values))
         if length_cut:
             own = first_slot(k, CONTEXT) + jnp.arange(k.shape[1], dtype=jnp.int32)
             key_slots = jnp.broadcast_to(own, k.shape[:2])
+        elif not slots_cut:
+            # Padding stands behind the last slot, from where it would see them all.
+            slots = jnp.where(slots < k.shape[1], slots, 0)
     mask = Mask(
         slots,
         key_valid,

@@ -45,6 +45,42 @@ class DeltaState:
     conv_v: jax.Array
 
 
+@flax.struct.dataclass
+class DeltaInputs:
+    """What T tokens bring to a `DeltaState`, as the rule and the convolutions read it.
+
+    Attributes:
+      k: [B, T, K, d].
+      v: [B, T, H, e].
+      log_decay, beta: float32 [B, T, H].
+      conv_q, conv_k, conv_v: [B, taps - 1 + T, C], the inputs before the tokens first.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array
+    beta: jax.Array
+    conv_q: jax.Array
+    conv_k: jax.Array
+    conv_v: jax.Array
+
+
+@flax.struct.dataclass
+class DeltaTrail:
+    """A state that is not settled: how many of the last call's tokens count is decided later.
+
+    A state sums its tokens up and cannot give one back, but a few of them are soon run again from
+    what they bring, which takes no weights and is much smaller than a state after each.
+
+    Attributes:
+      before: the state before the last call.
+      inputs: of the last call's tokens.
+    """
+
+    before: DeltaState
+    inputs: DeltaInputs
+
+
 def init_delta_state(config: ModelConfig, batch: int, dtype: jnp.dtype) -> DeltaState:
     """The state of `batch` rows before their first token; convolution inputs are of `dtype`."""
     spec = config.delta
@@ -58,6 +94,53 @@ def init_delta_state(config: ModelConfig, batch: int, dtype: jnp.dtype) -> Delta
         conv_q=inputs(spec.num_key_heads * d),
         conv_k=inputs(spec.num_key_heads * d),
         conv_v=inputs(heads * e),
+    )
+
+
+def open_delta_state(config: ModelConfig, state: DeltaState) -> DeltaTrail:
+    """`state` with no token behind it."""
+    spec, B, dtype = config.delta, len(state.state), state.conv_v.dtype
+    H, d, e = spec.num_value_heads, spec.key_head_dim, spec.value_head_dim
+    inputs = DeltaInputs(
+        k=jnp.zeros((B, 0, spec.num_key_heads, d), dtype),
+        v=jnp.zeros((B, 0, H, e), dtype),
+        log_decay=jnp.zeros((B, 0, H), jnp.float32),
+        beta=jnp.zeros((B, 0, H), jnp.float32),
+        conv_q=state.conv_q,
+        conv_k=state.conv_k,
+        conv_v=state.conv_v,
+    )
+    return DeltaTrail(state, inputs)
+
+
+def lengthen(trail: DeltaTrail, length: int) -> DeltaTrail:
+    """`trail` with `length` tokens behind the others that bring nothing."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, length)] + [(0, 0)] * (x.ndim - 2))
+
+    return trail.replace(inputs=jax.tree.map(pad, trail.inputs))
+
+
+def settle(trail: DeltaTrail, counts: jax.Array) -> DeltaState:
+    """The state with the first `counts` [B] of the last call's tokens, which had no padding."""
+    before, inputs = trail.before, trail.inputs
+    counts_in = jnp.arange(inputs.beta.shape[1]) < counts[:, None]
+    log_decay, beta = (
+        jnp.where(counts_in[..., None], x, 0) for x in (inputs.log_decay, inputs.beta)
+    )
+    # What queries would read is not wanted.
+    _, state = gated_delta_rule(inputs.k, inputs.k, inputs.v, log_decay, beta, before.state)
+
+    def last(conv: jax.Array, before: jax.Array) -> jax.Array:
+        places = counts[:, None] + jnp.arange(before.shape[1])
+        return jnp.take_along_axis(conv, places[..., None], axis=1).astype(before.dtype)
+
+    return DeltaState(
+        state=state,
+        conv_q=last(inputs.conv_q, before.conv_q),
+        conv_k=last(inputs.conv_k, before.conv_k),
+        conv_v=last(inputs.conv_v, before.conv_v),
     )
 
 

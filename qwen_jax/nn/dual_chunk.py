@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import DualChunkSpec
 from qwen_jax.nn.attend import Mask, Relation, merge
+from qwen_jax.nn.int8_vectors import Vectors
 from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 
 # Of a query's chunk to those of the keys that each of its rotations is for, in order.
@@ -65,8 +66,8 @@ def length_scale(spec: DualChunkSpec, lengths: jax.Array) -> jax.Array:
 
 def dual_chunk_attend(
     queries: tuple[jax.Array, jax.Array, jax.Array],
-    k: jax.Array,
-    v: jax.Array,
+    k: Vectors,
+    v: Vectors,
     query_slots: jax.Array,
     key_valid: jax.Array | None,
     query_chunks: jax.Array,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.nn.moe import Dispatch, Leaf, count_choices, mix_chosen, weigh_outputs
+from qwen_jax.nn.expert_blocks import Leaf, count_choices, num_experts
+from qwen_jax.nn.moe import Dispatch, mix_chosen, weigh_outputs
 
 # Of an array to send, one to receive into, and the parts; see `jax.lax.ragged_all_to_all`.
 Collective = Callable[..., jax.Array]
@@ -67,7 +68,7 @@ def exchange_and_mix(
     """
     tokens = x.reshape(-1, x.shape[-1])
     (n, k), shards = (len(tokens), chosen.shape[-1]), jax.lax.axis_size(axis_name)
-    own = jax.tree.leaves(experts["gate_proj"])[0].shape[0]
+    own = num_experts(experts)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     # [device that sends, device that runs, its expert]

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.nn.delta_rule import (
+    DeltaInputs,
     DeltaState,
+    DeltaTrail,
     causal_conv,
     gated_delta_rule,
     gated_rms_norm,
@@ -39,27 +41,31 @@ class GatedDeltaNet(nn.Module):
         self,
         x: jax.Array,
         real: jax.Array | None = None,
-        cache: DeltaState | None = None,
+        cache: DeltaState | DeltaTrail | None = None,
         layout: Layout | None = None,
         segments: jax.Array | None = None,
-    ) -> tuple[jax.Array, DeltaState | None]:
+    ) -> tuple[jax.Array, DeltaState | DeltaTrail | None]:
         """Mixes the tokens of one call.
 
         Args:
           x: [B, T, D].
           real: bool [B, T], False at padding, which may stand anywhere (but behind all tokens
             where a mesh cuts texts); None for all real.
-          cache: what the tokens before these left; None at a text's start.
+          cache: what the tokens before these left; None at a text's start. Of a `DeltaTrail` it is
+            what is settled of it, and comes back with what these tokens bring.
           layout: where the tokens lie on a mesh; None without one.
           segments: int32 [B, T], the text of several in a row that each token belongs to, counted
             up from 0 or more; None for one.
 
         Returns:
-          [B, T, D], zero at padding, and the cache after these tokens, None if none was given.
+          [B, T, D], zero at padding, and the cache after these tokens, of the kind that was given.
         """
         config, spec = self.config, self.config.delta
         heads, d, e = spec.num_value_heads, spec.key_head_dim, spec.value_head_dim
         before = init_delta_state(config, x.shape[0], x.dtype) if cache is None else cache
+        is_trail = isinstance(cache, DeltaTrail)
+        if is_trail:
+            before = cache.before
         lengths = None
         cut = is_cut(layout)
         moves = real is not None and not cut
@@ -83,8 +89,11 @@ class GatedDeltaNet(nn.Module):
         def convolve(name: str, head_count: int, size: int, state: jax.Array, channels: str):
             projected = project(name, head_count * size)
             conv = _CausalConv(spec.conv_kernel_dim, config.initializer_range, name=f"{name}_conv")
-            y, state = conv(projected, state, lengths, segments, layout, channels)
-            return einops.rearrange(y, "B T (h d) -> B T h d", d=size), state
+            y, last = conv(projected, state, lengths, segments, layout, channels)
+            # What a trail keeps are all inputs; without one the last are the next call's first.
+            if is_trail:
+                last = jnp.concatenate([state.astype(projected.dtype), projected], axis=1)
+            return einops.rearrange(y, "B T (h d) -> B T h d", d=size), last
 
         q, conv_q = convolve("q", spec.num_key_heads, d, before.conv_q, "key_heads")
         k, conv_k = convolve("k", spec.num_key_heads, d, before.conv_k, "key_heads")
@@ -112,7 +121,12 @@ class GatedDeltaNet(nn.Module):
             y = on_shards(_move_back, layout, (HIDDEN, TOKENS), HIDDEN)(y, places)
         elif real is not None:
             y = jnp.where(real[..., None], y, 0)
-        return y, None if cache is None else DeltaState(state, conv_q, conv_k, conv_v)
+        if cache is None:
+            return y, None
+        if is_trail:
+            inputs = DeltaInputs(k, v, log_decay, beta, conv_q, conv_k, conv_v)
+            return y, DeltaTrail(before, inputs)
+        return y, DeltaState(state, conv_q, conv_k, conv_v)
 
 
 def _whole_rule(q, k, v, log_decay, beta, state, segments):

@@ -1,6 +1,7 @@
 """Linear maps. Every product with a weight goes through `linear`."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ Weight = jax.Array | QuantizedWeight | LowRankWeight
 
 # Numbers of a quantised weight that are dense at once: a few megabytes, which caches hold.
 _DENSE_AT_ONCE = 1 << 20
+# Up to so many rows a weight is large beside them.
+_FEW_ROWS = 64
 
 
 def linear(
@@ -51,9 +54,34 @@ def linear(
 
 
 def _multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    if 1 < math.prod(x.shape[:-1]) <= _FEW_ROWS:
+        return _multiply_few(x, weight, out_dtype)
+    return _multiply_rows(x, weight, out_dtype)
+
+
+def _multiply_rows(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     return jax.lax.dot_general(
         x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_dtype
     )
+
+
+# Compiled, so that a call by itself does not trace the branches anew.
+@functools.partial(jax.jit, static_argnames="out_dtype", inline=True)
+def _multiply_few(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """As `_multiply_rows`; on a CPU as `weight @ x.T`.
+
+    XLA's CPU kernels pack the matrix on the right, which is to be the small one. Without barriers
+    its compiler turns the product round again.
+    """
+
+    def by_weight(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        columns = jax.lax.optimization_barrier(rows.T)
+        y = jnp.dot(weight, columns, preferred_element_type=out_dtype)
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], len(weight))
+
+    by_row = functools.partial(_multiply_rows, out_dtype=out_dtype)
+    return jax.lax.platform_dependent(x, weight, cpu=by_weight, default=by_row)
 
 
 def _multiply_quantized(x: jax.Array, weight: QuantizedWeight, out_dtype: jnp.dtype) -> jax.Array:

@@ -4,25 +4,28 @@ Here N is the number of tokens, E of experts, k of experts a token goes to, F an
 """
 
 import enum
-import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.errors import UserError
+from qwen_jax.nn.expert_blocks import (
+    LARGEST_BLOCK,
+    Leaf,
+    block_size,
+    count_choices,
+    feed_forward,
+    num_experts,
+    run_blocks,
+)
 from qwen_jax.nn.kernels.mosaic import kernel_precision
 from qwen_jax.nn.linear import as_dense, linear
 from qwen_jax.nn.low_rank import LowRankWeight, add_update
-
-# One projection of all experts: an array [E, out, in], or a pytree with E first in each array.
-Leaf = Any
 
 
 class Dispatch(enum.StrEnum):
@@ -178,13 +181,13 @@ def mix_chosen(
     Where these are the experts of one of several `shards`, the choices are those of all, E for
     another shard's.
     """
-    E = jax.tree.leaves(experts["gate_proj"])[0].shape[0]
+    E = num_experts(experts)
     tokens = jnp.asarray(x).reshape(-1, x.shape[-1])
     chosen, weights = (a.reshape(len(tokens), -1) for a in (chosen, weights))
     match method:
         case Dispatch.SORTED | Dispatch.GATHER:
-            size = 1 if method is Dispatch.GATHER else _block_size(chosen.size // shards, E)
-            out = _run_blocks(tokens, weights, dict(experts), _plan_blocks(chosen, E, size), size)
+            size = 1 if method is Dispatch.GATHER else block_size(chosen.size // shards, E)
+            out = run_blocks(tokens, weights, dict(experts), chosen, size)
         case Dispatch.DENSE:
             out = _run_all(tokens, chosen, weights, _as_dense(experts, x.dtype), E)
         case Dispatch.RAGGED:
@@ -197,17 +200,6 @@ def mix_chosen(
 def _as_dense(experts: Mapping[str, Leaf], dtype: jnp.dtype) -> dict[str, Leaf]:
     """Every leaf with arrays to multiply with, for products that run all experts at once."""
     return {name: as_dense(leaf, dtype) for name, leaf in experts.items()}
-
-
-def _feed_forward(x: jax.Array, expert: Mapping[str, Leaf]) -> jax.Array:
-    """One expert on [..., D]."""
-    hidden = nn.silu(linear(x, expert["gate_proj"])) * linear(x, expert["up_proj"])
-    return linear(hidden, expert["down_proj"])
-
-
-def count_choices(experts: jax.Array, E: int) -> jax.Array:
-    """How often each of E experts occurs; int32, since bfloat16 and float32 stop counting."""
-    return jnp.zeros(E, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
 
 def _places(experts: jax.Array, E: int) -> jax.Array:
@@ -231,7 +223,7 @@ def _run_all(
     # A copy of the tokens for each expert keeps E a batch axis of the products; without, XLA on
     # CPU first makes transposed copies of the weights.
     copies = jnp.broadcast_to(x, (E, *x.shape))
-    outputs = jax.vmap(_feed_forward, out_axes=1)(copies, experts)
+    outputs = jax.vmap(feed_forward, out_axes=1)(copies, experts)
     # A token's k experts differ, so the sum only puts each weight in its place.
     combine = jnp.sum(jax.nn.one_hot(chosen, E, dtype=x.dtype) * weights[..., None], axis=1)
     return weigh_outputs(outputs, combine)
@@ -277,195 +269,8 @@ def _run_buffers(
     tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], chosen.shape)
     buffers = jnp.zeros((E, capacity, x.shape[-1]), x.dtype)
     buffers = buffers.at[chosen, places].set(x[tokens], mode="drop")
-    outputs = jax.vmap(_feed_forward)(buffers, experts)
+    outputs = jax.vmap(feed_forward)(buffers, experts)
     return weigh_outputs(outputs.at[chosen, places].get(mode="fill", fill_value=0), weights)
-
-
-@flax.struct.dataclass
-class _Blocks:
-    """Blocks of at most `size` choices of one expert, experts ascending.
-
-    Attributes:
-      order: int32 [N * k], the choices (token * k + slot) in order of their experts.
-      expert, start, stop: int32 [most], each block's expert, and its choices in `order`.
-      number: int32 [], how many blocks there are.
-    """
-
-    order: jax.Array
-    expert: jax.Array
-    start: jax.Array
-    stop: jax.Array
-    number: jax.Array
-
-
-# Up to so many pairs of block and expert (32 KB), all are compared; more would take memory that
-# grows with the experts times the tokens.
-_MOST_COMPARED = 8192
-
-
-def _plan_blocks(chosen: jax.Array, E: int, size: int) -> _Blocks:
-    flat = chosen.reshape(-1)
-    sizes = count_choices(flat, E)
-    ends = jnp.cumsum(sizes)
-    blocks = -(-sizes // size)
-    block_ends = jnp.cumsum(blocks)
-    # Every expert but those without tokens may leave one block that is not full.
-    most = flat.size // size + min(E, flat.size)
-    index = jnp.arange(most, dtype=jnp.int32)
-    # Few are compared: on TPUs a gather is an operation, and memory, for each number that it takes.
-    if most * E <= _MOST_COMPARED:
-        expert = jnp.sum(block_ends <= index[:, None], axis=1, dtype=jnp.int32)
-        of_expert = expert[:, None] == jnp.arange(E)
-    else:
-        expert = jnp.searchsorted(block_ends, index, side="right").astype(jnp.int32)
-        of_expert = None
-
-    def take(table: jax.Array) -> jax.Array:
-        if of_expert is None:
-            return table[expert]
-        return jnp.sum(jnp.where(of_expert, table, 0), axis=1)
-
-    start = take(ends - sizes) + (index - take(block_ends - blocks)) * size
-    return _Blocks(
-        order=jnp.argsort(flat, stable=True).astype(jnp.int32),
-        expert=expert,
-        start=start,
-        stop=jnp.minimum(start + size, take(ends)),
-        number=block_ends[-1],
-    )
-
-
-# Choices of one expert that run at once.
-_LARGEST_BLOCK = 128
-
-
-def _block_size(choices: int, E: int) -> int:
-    """Twice an expert's even share, so that most experts fill one block; a power of two."""
-    return min(max(1 << (2 * choices // E).bit_length(), 8), _LARGEST_BLOCK)
-
-
-def _take_expert(experts: dict[str, Leaf], index: jax.Array) -> dict[str, Leaf]:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), experts)
-
-
-def _rows(blocks: _Blocks, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The choices of block i, and which of them are within it."""
-    at = blocks.start[i] + jnp.arange(size)
-    return blocks.order.at[at].get(mode="clip"), at < blocks.stop[i]
-
-
-def _run_block(x: jax.Array, weights: jax.Array, expert: dict[str, Leaf]) -> jax.Array:
-    return _feed_forward(x, expert) * weights[:, None]
-
-
-def _send(valid: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    """`index` where `valid`, elsewhere distinct places past the end of an array of `size`."""
-    return jnp.where(valid, index, size + jnp.arange(len(index)))
-
-
-# Differentiating the loop would keep, or sum, an array of all experts' weights for each block, so
-# the backward pass is a loop of its own.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _run_blocks(
-    x: jax.Array, weights: jax.Array, experts: dict[str, Leaf], blocks: _Blocks, size: int
-) -> jax.Array:
-    """float32 [N, D], tokens [N, D] through the blocks of `size`, weighted with [N, k]."""
-    k = weights.shape[1]
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        choices, valid = _rows(blocks, i, size)
-        tokens = choices // k
-        expert = _take_expert(experts, blocks.expert[i])
-        y = _run_block(x[tokens], weights.reshape(-1)[choices], expert)
-        # A token meets an expert once, so the rows of a block are of different tokens.
-        places = _send(valid, tokens, len(x))
-        return out.at[places].add(y.astype(jnp.float32), mode="drop", unique_indices=True)
-
-    return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros(x.shape, jnp.float32))
-
-
-@flax.struct.dataclass
-class _Saved:
-    """What the backward pass of `_run_blocks` needs.
-
-    Attributes:
-      x, weights, experts, blocks: its arguments.
-      learned: places among the leaves of `experts` of those whose gradient is asked for.
-    """
-
-    x: jax.Array
-    weights: jax.Array
-    experts: dict[str, Leaf]
-    blocks: _Blocks
-    learned: tuple[int, ...] = flax.struct.field(pytree_node=False)
-
-
-def _run_blocks_forward(x, weights, experts, blocks, size):
-    # The gradient of all experts is as large as they are: none for those that are frozen, beside
-    # adapters, or packed.
-    learned = tuple(i for i, leaf in enumerate(jax.tree.leaves(experts)) if leaf.perturbed)
-    arguments = custom_vjp_primal_tree_values((x, weights, experts, blocks))
-    return _run_blocks(*arguments, size), _Saved(*arguments, learned)
-
-
-def _run_blocks_backward(size, saved, cotangent):
-    """Runs each block again and pulls its cotangent back.
-
-    Blocks come in order of their experts, so the gradient of one expert is summed in float32 and
-    written over its place in the whole; no other array has the size of all experts.
-    """
-    x, weights, blocks, learned = saved.x, saved.weights, saved.blocks, saved.learned
-    if isinstance(cotangent, SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-    k = weights.shape[1]
-    leaves, structure = jax.tree.flatten(saved.experts)
-
-    def body(i, carry):
-        dx, dweights, dexpert, dlearned = carry
-        choices, valid = _rows(blocks, i, size)
-        tokens, index = choices // k, blocks.expert[i]
-        expert = jax.tree.leaves(_take_expert(saved.experts, index))
-
-        def run(x, weights, parts):
-            changed = dict(zip(learned, parts, strict=True))
-            all_parts = [changed.get(j, part) for j, part in enumerate(expert)]
-            return _run_block(x, weights, structure.unflatten(all_parts))
-
-        # Zeros in the rows of other experts, lest an overflow there meets the zero cotangent.
-        rows = jnp.where(valid[:, None], x[tokens], 0)
-        y, pull = jax.vjp(run, rows, weights.reshape(-1)[choices], [expert[j] for j in learned])
-        dy = jnp.where(valid[:, None], cotangent[tokens], 0).astype(y.dtype)
-        dx_rows, dweights_rows, parts = pull(dy)
-        dx = dx.at[_send(valid, tokens, len(x))].add(
-            dx_rows.astype(jnp.float32), mode="drop", unique_indices=True
-        )
-        dweights = dweights.at[_send(valid, choices, weights.size)].set(
-            dweights_rows, mode="drop", unique_indices=True
-        )
-        same = (i > 0) & (blocks.expert[i - 1] == index)
-        dexpert = [
-            jnp.where(same, before, 0) + part.astype(jnp.float32)
-            for before, part in zip(dexpert, parts, strict=True)
-        ]
-        dlearned = [
-            jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), index, 0)
-            for whole, part in zip(dlearned, dexpert, strict=True)
-        ]
-        return dx, dweights, dexpert, dlearned
-
-    start = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(weights.size, weights.dtype),
-        [jnp.zeros(leaves[j].shape[1:], jnp.float32) for j in learned],
-        [jnp.zeros_like(leaves[j]) for j in learned],
-    )
-    dx, dweights, _, dlearned = jax.lax.fori_loop(0, blocks.number, body, start)
-    gradients = dict(zip(learned, dlearned, strict=True))
-    dexperts = structure.unflatten([gradients.get(j) for j in range(len(leaves))])
-    return dx.astype(x.dtype), dweights.reshape(weights.shape), dexperts, None
-
-
-_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward, symbolic_zeros=True)
 
 
 def choose_dispatch(
@@ -473,11 +278,12 @@ def choose_dispatch(
 ) -> Dispatch:
     """The fastest method that drops nothing and fits in memory at any size.
 
-    GATHER while there are no more choices than experts, so that few experts are read twice; then
-    SORTED, and on a TPU RAGGED from where an expert fills the largest of its blocks. XLA copies all
-    experts into the layout of RAGGED's kernel, which is less than to read them for many blocks, and
-    more than to read them for one. `benchmark.dispatch` measured the first two on CPU; the choice
-    for accelerators is one of bytes, not of time.
+    On a CPU SORTED, whose blocks there are as small as GATHER's. Elsewhere GATHER while there are
+    no more choices than experts, so that few experts are read twice; then SORTED, and on a TPU
+    RAGGED from where an expert fills the largest of its blocks. XLA copies all experts into the
+    layout of RAGGED's kernel, which is less than to read them for many blocks, and more than to
+    read them for one. `benchmark.dispatch` measured the first two on CPU; the choice for
+    accelerators is one of bytes, not of time.
 
     Args:
       num_tokens: N, padding included.
@@ -485,7 +291,7 @@ def choose_dispatch(
       platform: as `jax.default_backend()` names it.
       packed: whether the experts are, of which RAGGED would unpack all at once.
     """
-    if num_tokens * spec.num_experts_per_tok <= spec.num_experts:
+    if platform != "cpu" and num_tokens * spec.num_experts_per_tok <= spec.num_experts:
         return Dispatch.GATHER
-    fills_blocks = num_tokens * spec.num_experts_per_tok >= _LARGEST_BLOCK * spec.num_experts
+    fills_blocks = num_tokens * spec.num_experts_per_tok >= LARGEST_BLOCK * spec.num_experts
     return Dispatch.RAGGED if platform == "tpu" and fills_blocks and not packed else Dispatch.SORTED

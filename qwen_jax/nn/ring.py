@@ -20,6 +20,7 @@ import numpy as np
 
 from qwen_jax.nn.attend import Mask, Relation, merge, scale_of
 from qwen_jax.nn.cache import write_slots
+from qwen_jax.nn.int8_vectors import Vectors
 from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 
 Relations = tuple[Relation | None, ...]
@@ -54,8 +55,8 @@ def unzigzag(length: int, shards: int) -> np.ndarray:
 
 def context_attend(
     queries: tuple[jax.Array, ...],
-    k: jax.Array,
-    v: jax.Array,
+    k: Vectors,
+    v: Vectors,
     mask: Mask,
     scale: jax.Array | float | None = None,
     *,
@@ -116,8 +117,8 @@ def context_attend(
 
 def cache_attend(
     queries: tuple[jax.Array, ...],
-    k: jax.Array,
-    v: jax.Array,
+    k: Vectors,
+    v: Vectors,
     mask: Mask,
     scale: jax.Array | float | None = None,
     *,
@@ -148,7 +149,7 @@ def cache_attend(
     return (out / jax.lax.psum(weight, axis_name)[..., None]).astype(queries[0].dtype)
 
 
-def first_slot(buffer: jax.Array, axis_name: str) -> jax.Array:
+def first_slot(buffer: Vectors, axis_name: str) -> jax.Array:
     """The slot of the first of a shard's part `buffer` [B, S / c, ...] of a cache; int32."""
     return jax.lax.axis_index(axis_name) * buffer.shape[1]
 

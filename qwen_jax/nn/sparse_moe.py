@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
+from qwen_jax.nn.expert_blocks import Leaf, num_experts
 from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.linear import Linear, fetch_param
 from qwen_jax.nn.low_rank import base_of
 from qwen_jax.nn.mlp import SwiGLU
 from qwen_jax.nn.moe import (
     Dispatch,
-    Leaf,
     Routing,
     capacity_of,
     choose_dispatch,
@@ -87,7 +87,8 @@ class SparseMoe(nn.Module):
         if self.capacity_factor is not None:
             capacity = capacity_of(num_tokens, spec, self.capacity_factor)
             routing = limit_capacity(routing, capacity, real, places)
-        y = _mix_on_shards(x, routing, experts, method, capacity, layout)
+        with jax.named_scope("experts"):
+            y = _mix_on_shards(x, routing, experts, method, capacity, layout)
         if spec.shared_intermediate_size is not None:
             gate = nn.sigmoid(Linear(1, stddev=std, name="shared_expert_gate")(x))
             shared = SwiGLU(config, spec.shared_intermediate_size, name="shared_expert")
@@ -168,7 +169,7 @@ def _mix_on_shards(
             x, chosen, weights = (
                 jax.lax.all_gather(a, sharing, axis=0, tiled=True) for a in (x, chosen, weights)
             )
-            E = len(jax.tree.leaves(experts["gate_proj"])[0])
+            E = num_experts(experts)
             mine = chosen - jax.lax.axis_index(sharing) * E
             chosen = jnp.where((mine >= 0) & (mine < E), mine, E)
         shards = num_shards(layout.mesh, "experts")

@@ -170,7 +170,11 @@ def _equation_flops(equation: Any, how: _Counting) -> float:
         case "while":
             return _while_flops(params, how)
         case "cond":
-            return max(count_flops(branch, *how) for branch in params["branches"])
+            branches = params["branches"]
+            if platforms := params.get("branches_platforms"):
+                # Of what has a form for CPUs of its own, the others'.
+                branches = [branches[platforms.index(None)]]
+            return max(count_flops(branch, *how) for branch in branches)
         case "shard_map":
             return params["mesh"].size * count_flops(params["jaxpr"], *how)
     return sum(count_flops(inner, *how) for inner in _inner(params))

@@ -15,7 +15,7 @@ from qwen_jax.inference.checks import check_writes_text
 from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder, parameter_shapes
-from qwen_jax.nn.cache import cache_shardings, init_cache
+from qwen_jax.nn.cache import CacheDtype, cache_shardings, check_cache_dtype, init_cache
 from qwen_jax.nn.dual_chunk import RELATIONS
 from qwen_jax.nn.expert_exchange import pays_to_exchange
 from qwen_jax.nn.moe import choose_dispatch
@@ -51,6 +51,7 @@ class Job:
       batch: rows, of all chips together.
       length: tokens of a row; in decode the slots of its cache.
       options: of a train step.
+      cache_dtype: as for `init_cache`; None for that of activations, and in training.
     """
 
     config: ModelConfig
@@ -60,6 +61,7 @@ class Job:
     batch: int
     length: int
     options: TrainOptions = TrainOptions()  # noqa: RUF009, it is frozen
+    cache_dtype: CacheDtype | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,6 +78,11 @@ def check(job: Job) -> None:
     for name in ("batch", "length"):
         if getattr(job, name) < 1:
             raise UserError(f"{name} = {getattr(job, name)} must be at least 1")
+    check_cache_dtype(job.cache_dtype)
+    if job.mode == "train" and job.cache_dtype is not None:
+        raise UserError(
+            f"cache_dtype = {job.cache_dtype}: training has no cache; give mode decode or prefill"
+        )
     aot.check_devices(job.topology, job.sizes)
     check_writes_text(job.config)
     check_mesh(job.config, mesh_of_no_devices(job), parameter_shapes(job.config))
@@ -117,7 +124,9 @@ def build_program(job: Job, mesh: Mesh | AbstractMesh) -> Program:
         parameter_shapes(config),
         parameter_shardings(config, mesh, parameter_shapes(config)),
     )
-    cache = jax.eval_shape(lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh))
+    cache = jax.eval_shape(
+        lambda: init_cache(config, job.batch, job.length, _DTYPE, mesh, job.cache_dtype)
+    )
     cache = jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
         cache,

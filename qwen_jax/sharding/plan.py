@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.nn.cache import CacheDtype
 from qwen_jax.sharding import aot, hlo
 from qwen_jax.sharding.flops import Mode, analytic_flops, count_flops, extrapolate
 from qwen_jax.sharding.jobs import (
@@ -56,7 +57,7 @@ class Plan:
 
     Attributes:
       topology, mesh: as the user writes them.
-      mode, batch, length: of the job.
+      mode, batch, length, cache_dtype: of the job.
       fits: whether a chip has the memory; without a program, for what is there before it starts.
       available: bytes of a chip.
       needed: bytes that it has to have.
@@ -82,6 +83,7 @@ class Plan:
     mode: Mode
     batch: int
     length: int
+    cache_dtype: CacheDtype | None
     fits: bool
     available: int
     needed: int
@@ -231,6 +233,7 @@ def _plan(
         mode=job.mode,
         batch=job.batch,
         length=job.length,
+        cache_dtype=job.cache_dtype,
         fits=fits,
         available=available,
         needed=needed,
@@ -299,8 +302,8 @@ def place_of(op_name: str) -> str:
     """Where in the model an operation is, from the name that JAX gave it, without numbers."""
     backward = "transpose(" in op_name
     names = [name for name in op_name.split("/")[:-1] if re.fullmatch(r"[A-Za-z]\w*", name)]
-    noise = ("while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map")
-    names = [re.sub(r"_?\d+$", "", name) for name in names if name not in noise]
+    noise = r"while|body|closed_call|checkpoint|rematted_computation|shard_map|cond|branch_\d+_fun"
+    names = [re.sub(r"_?\d+$", "", name) for name in names if not re.fullmatch(noise, name)]
     layers = [i for i, name in enumerate(names) if name == "layers"]
     place = "/".join(dict.fromkeys(names[layers[-1] :] if layers else names)) or "elsewhere"
     return f"backward {place}" if backward else place

@@ -50,6 +50,12 @@ class Tokenizer:
         """The highest id that encoding can give."""
         return self.vocabulary.max_id
 
+    def has_vocabulary_of(self, other: "Tokenizer") -> bool:
+        """Whether every id is the same bytes in both, so that one's ids can be the other's."""
+        ids = range(max(self.max_id, other.max_id) + 1)
+        mine, theirs = self.vocabulary, other.vocabulary
+        return all(mine.bytes_of(i) == theirs.bytes_of(i) for i in ids)
+
     @functools.cached_property
     def added_tokens(self) -> dict[str, int]:
         """Ids of all tokens beside the BPE vocabulary, special or not."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.models.placement import arrange
-from qwen_jax.nn.attention import Tokens
 from qwen_jax.nn.low_rank import LowRankWeight, cast, merged
+from qwen_jax.nn.tokens import Tokens
 from qwen_jax.training.balancing import RouterSums, sum_routing
 from qwen_jax.training.batch import Batch, follows, real_tokens, shift
 from qwen_jax.training.layers import (

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
-from qwen_jax.nn.attention import Tokens
+from qwen_jax.nn.tokens import Tokens
 from qwen_jax.sharding.axes import parameter_sharding
 from qwen_jax.training.balancing import RouterSums, sum_routing
 

@@ -58,7 +58,7 @@ def test_the_command_prints_a_table_and_draws_it(run_tool, tmp_path):
     cells = [row.strip("|").split("|") for row in rows]
     assert [int(row[0]) for row in cells] == [1, 20]
     bold = [[i for i, cell in enumerate(row) if "**" in cell] for row in cells]
-    assert bold == [[1 + list(Dispatch).index(m)] for m in (Dispatch.GATHER, Dispatch.SORTED)]
+    assert bold == 2 * [[1 + list(Dispatch).index(Dispatch.SORTED)]]
     assert note == "ms (temporaries, MB); the default in bold"
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
     assert len(records) == 2 * len(Dispatch)

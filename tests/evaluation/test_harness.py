@@ -249,9 +249,9 @@ def test_thinking_is_not_part_of_the_answer(respondent, monkeypatch):
     from qwen_jax.evaluation import harness_requests
     from qwen_jax.inference.completion import Completion
 
-    def stand_in(*arguments):
+    def stand_in(*arguments, stop_strings, **options):
         # The thinking may hold what ends the answer.
-        assert arguments[7] == ()
+        assert stop_strings == ()
         return [Completion("<think>\none\n\ntwo\n</think>\n\n42\n\nmore", [1], "stop")]
 
     monkeypatch.setattr(harness_requests, "complete_all", stand_in)

@@ -1,6 +1,9 @@
+import functools
+
 import pytest
 
 import qwen_jax
+from tests.inference.random_models import FAMILIES, load_random, with_head
 from tests.reference import random_reference, save_reference
 from tests.text.chat_templates import QWEN3
 from tests.text.real_vocabulary import write_qwen1_tokenizer
@@ -29,3 +32,26 @@ def load_narrow(tmp_path_factory):
 @pytest.fixture(scope="session")
 def narrow(load_narrow):
     return load_narrow()
+
+
+@pytest.fixture(scope="session")
+def load_family(tmp_path_factory):
+    """Loads, each once, the models of FAMILIES; the hybrid has an MTP head."""
+
+    @functools.cache
+    def load_(name):
+        family, fields = FAMILIES[name]
+        model, params = load_random(tmp_path_factory.mktemp(name), family, **fields)
+        return with_head(model, params) if name == "hybrid" else (model, params)
+
+    return load_
+
+
+@pytest.fixture(scope="session")
+def dense(load_family):
+    return load_family("dense")
+
+
+@pytest.fixture(scope="session")
+def hybrid(load_family):
+    return load_family("hybrid")

@@ -22,9 +22,11 @@ class Script:
     def __init__(self, *rows):
         self.steps = itertools.zip_longest(*rows)
         self.ended = [False] * len(rows)
+        self.left = [len(row) for row in rows]
 
     def __iter__(self):
         for step in self.steps:
+            self.left = [left - 1 for left in self.left]
             yield [None if end else token for token, end in zip(step, self.ended, strict=True)]
 
     def stop(self, row):
@@ -32,6 +34,9 @@ class Script:
 
     def active(self, row):
         return not self.ended[row]
+
+    def finished(self, row):
+        return self.ended[row] or self.left[row] <= 0
 
 
 def run(stream, rows, tokenizer, stops=()):
@@ -181,6 +186,9 @@ class Recorder(Script):
             step = [row[self.given] if self.given < len(row) else None for row in self.rows]
             self.given += 1
             yield step
+
+    def finished(self, row):
+        return self.ended[row] or self.given >= len(self.rows[row])
 
 
 def scripted(thinker, limit, *rows, prompts=None):

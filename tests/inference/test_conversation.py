@@ -196,15 +196,21 @@ class Scripted:
 
     def __init__(self, text, tokenizer):
         self.ids, self.cache = tokenizer.encode(text), None
+        self.given = 0
 
     def __call__(self, *args, **kwargs):
         return self
 
     def __iter__(self):
-        return iter([[token] for token in self.ids])
+        for token in self.ids:
+            self.given += 1
+            yield [token]
 
     def active(self, row):
         return True
+
+    def finished(self, row):
+        return self.given == len(self.ids)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,23 @@ def test_ragged_cached_decode_equals_each_row_alone(case, side):
     check_ragged_decode(model, params, [20, 9], side)
 
 
+def test_a_step_reads_no_slots_that_are_not_filled(small):
+    """A step after 9 tokens, of 4096 slots with NaN in most of those that are not filled."""
+    model, params = small
+    rests = np.array([[True], [False]])
+
+    def logits(capacity):
+        cache = init_cache(model.config, 2, capacity, "float32")
+        ids = random_ids(model, (2, 9))
+        cache = model.apply({"params": params}, ids, None, None, cache, "last").cache
+        if capacity > 512:
+            layers = jax.tree.map(lambda x: x.at[:, 600:].set(np.nan), cache.layers)
+            cache = cache.replace(layers=layers)
+        return model.apply({"params": params}, ids[:, :1], rests, cache=cache).logits[0]
+
+    np.testing.assert_allclose(logits(4096), logits(32), atol=1e-5)
+
+
 def test_logits_at_picks_positions(case):
     _, model, params = case
     ids = random_ids(model, (2, 12))

@@ -34,8 +34,10 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks in a short text, the last one not full."""
+    """Several blocks in a short text, the last one not full, of queries that are not few."""
     monkeypatch.setattr(attend_file, "_BLOCK", 8)
+    monkeypatch.setattr(attend_file, "_BLOCK_OF_FEW", 8)
+    monkeypatch.setattr(attend_file, "FEW_QUERIES", 4)
 
 
 def random_mask(parts, T, S, rng):
@@ -133,9 +135,11 @@ def check(result, expected):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("few", [4, 100])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MASKS)
-def test_equals_brute_force_under_every_mask(kind, method):
+def test_equals_brute_force_under_every_mask(kind, method, few, monkeypatch):
+    monkeypatch.setattr(attend_file, "FEW_QUERIES", few)
     rng = np.random.default_rng(0)
     q, k, v = random_qkv(rng)
     mask = random_mask(MASKS[kind], 19, 27, rng)
@@ -228,6 +232,7 @@ def loss_gradients(method, q, k, v, mask, scale, weights):
 @pytest.mark.parametrize("more", [(), ("holes", "segments")], ids=["causal", "holes, segments"])
 def test_a_promised_order_leaves_out_keys_behind_and_changes_nothing(monkeypatch, rows, more):
     monkeypatch.setattr(attend_file, "_ROWS", rows)
+    monkeypatch.setattr(attend_file, "FEW_QUERIES", 1)
     rng = np.random.default_rng(16)
     q, k, v = random_qkv(rng, 19, 19)
     mask = random_mask(more, 19, 19, rng)
@@ -453,7 +458,8 @@ def test_blockwise_memory_is_linear_in_length(window, gradient, monkeypatch):
 
 
 def test_short_calls_are_plain_and_long_ones_blockwise(monkeypatch):
-    monkeypatch.setattr(attend_file, "_BLOCK", 512)
+    monkeypatch.setattr(attend_file, "_BLOCK", 256)
+    monkeypatch.setattr(attend_file, "FEW_QUERIES", 16)
 
     def is_plain(T, S):
         q, k = (jax.ShapeDtypeStruct((1, n, 1, 16), jnp.float32) for n in (T, S))

@@ -27,8 +27,10 @@ SPECS = [SPEC, DualChunkSpec(12, 0), DualChunkSpec(12, 9)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks in a short text, the last one not full."""
+    """Several blocks in a short text, the last one not full, of queries that are not few."""
     monkeypatch.setattr(attend_file, "_BLOCK", 8)
+    monkeypatch.setattr(attend_file, "_BLOCK_OF_FEW", 8)
+    monkeypatch.setattr(attend_file, "FEW_QUERIES", 4)
 
 
 def rotated(x, positions):

@@ -369,7 +369,7 @@ def slots_are_written_where_they_are(mesh):
 
 @case(*((gradient, dual) for gradient in (False, True) for dual in (False, True)))
 def the_ring_holds_no_whole_text(gradient, dual):
-    attend_file._BLOCK = 16
+    attend_file._BLOCK = attend_file._BLOCK_OF_FEW = 16
     T, d = 2048, 16
     x = jax.ShapeDtypeStruct((1, T, 1, d), jnp.float32)
     slots = jax.ShapeDtypeStruct((1, T), jnp.int32)
@@ -574,7 +574,7 @@ def main(path, *names):
     failures = {}
     for name in names or CASES:
         # Several blocks in a short text.
-        attend_file._BLOCK = 4
+        attend_file._BLOCK = attend_file._BLOCK_OF_FEW = 4
         try:
             CASES[name]()
             failures[name] = None

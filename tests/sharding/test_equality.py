@@ -43,9 +43,9 @@ def run(model, params, ids, mask):
     return np.asarray(logits)[mask], value, gradients
 
 
-def decode(model, params, ids, mask):
+def decode(model, params, ids, mask, cache_dtype=None):
     """Logits of a ragged prefill and of two steps behind it."""
-    cache = init_cache(model.config, len(ids), 16, jnp.float32, model.mesh)
+    cache = init_cache(model.config, len(ids), 16, jnp.float32, model.mesh, cache_dtype)
 
     @jax.jit
     def step(params, cache, ids, mask):
@@ -103,6 +103,29 @@ def test_logits_loss_and_gradients_equal_those_of_one_device(expected, name, mes
 def test_cached_decode_of_ragged_rows_equals_that_of_one_device(expected, name, mesh):
     model, params, batch, _, logits = expected(name)
     assert_close(decode(*spread(model, params, mesh), *batch), logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("dense", "tensor:8"), ("dense", "fsdp:2,context:4"), ("hybrid", "expert:4,context:2")],
+)
+def test_decode_with_an_int8_cache_equals_that_of_one_device(expected, name, mesh):
+    """But for numbers half a step between two integers, which rounding of sums tips over."""
+    model, params, batch, _, floats = expected(name)
+    wanted = decode(model, params, *batch, "int8")
+    found = decode(*spread(model, params, mesh), *batch, "int8")
+    rounding = np.linalg.norm(wanted - floats)
+    assert np.linalg.norm(found - wanted) <= 0.1 * rounding
+    assert 1e-4 < rounding / np.linalg.norm(floats) < 2e-2
+
+
+def test_a_device_holds_its_share_of_an_int8_cache(expected):
+    model = expected("dense")[0]
+    mesh = axes.as_mesh("fsdp:2,context:2,tensor:2")
+    cache = init_cache(model.config, 4, 16, jnp.float32, mesh, "int8")
+    for array, size in ((cache.layers[0].keys.values, 8), (cache.layers[0].keys.scales, 4)):
+        shards = {shard.data.nbytes for shard in array.addressable_shards}
+        assert shards == {2 * 8 * 1 * size}
 
 
 def test_generation_gives_the_ids_of_one_device(expected):

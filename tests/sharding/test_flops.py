@@ -20,7 +20,7 @@ from qwen_jax.sharding.flops import analytic_flops, count_flops, extrapolate, se
 from qwen_jax.training.layers import segments
 
 # Sides of blocks of scores: of attention block by block, and of plain attention in order.
-BLOCK, ROWS = 512, 128
+BLOCK, ROWS = 256, 128
 
 
 def model_of(preset, layers, **fields):

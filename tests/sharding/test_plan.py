@@ -123,6 +123,7 @@ def test_the_compiler_s_message_is_read(message, needed):
             "down_proj/jit(linear)/dot_general",
             "layers/mlp/down_proj",
         ),
+        ("jit(step)/layers_0/mlp/up_proj/cond/branch_0_fun/dot_general", "layers/mlp/up_proj"),
         ("jit(step)/transpose(jvp())/while/body/layers_0/mlp/add", "backward layers/mlp"),
         ("", "elsewhere"),
     ],

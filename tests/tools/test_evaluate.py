@@ -9,6 +9,7 @@ import yaml
 import qwen_jax
 from qwen_jax.embedded.tokenizer import write_tokenizer
 from qwen_jax.errors import UserError
+from qwen_jax.evaluation.cache_divergence import measure_cache_divergence
 from qwen_jax.evaluation.perplexity import measure_perplexity, read_text_ids
 from qwen_jax.evaluation.problems import held_out_problems
 from qwen_jax.evaluation.run import EvaluateOptions, check_options
@@ -67,6 +68,7 @@ def test_one_run_measures_all_that_is_asked_for(run_tool, model, files, tmp_path
         "--max_new_tokens=4",
         "--batch_size=4",
         "--seed=5",
+        "--cache_dtype=int8",
         HF_HOME=str(tmp_path / "hf"),
         HF_DATASETS_OFFLINE="1",
     )
@@ -83,6 +85,13 @@ def test_one_run_measures_all_that_is_asked_for(run_tool, model, files, tmp_path
     assert row["count"] == len(ids) - 1
     bits = found["text", "river.txt", "bits per byte"]
     assert bits["value"] == pytest.approx(expected.bits_per_byte, rel=1e-4)
+    of = "river.txt, int8 cache"
+    moved = measure_cache_divergence(*loaded, ids, 40, 24, "int8")
+    for metric, value in (("mean KL, nats", moved.kl.mean()), ("largest KL, nats", moved.kl.max())):
+        assert found["cache", of, metric]["value"] == pytest.approx(value, rel=0.05)
+        assert found["cache", of, metric]["count"] == len(ids) - 1
+    assert found["cache", of, "same likeliest token"]["value"] == moved.agrees.mean()
+    assert found["cache", of, "share of the full bytes"]["value"] == pytest.approx((24 + 4) / 96)
     assert found["harness", "sums", "acc"]["count"] == 3
     for mode in ("with thinking", "without thinking"):
         assert found["problems", "answers, all", f"right, {mode}"]["count"] == 7
@@ -99,6 +108,7 @@ def test_one_run_measures_all_that_is_asked_for(run_tool, model, files, tmp_path
 
     assert "| river.txt | perplexity | " in result.stdout
     assert f"windows of 40 tokens, 24 apart; {len(ids) - 1} of {len(ids)} tokens" in result.stdout
+    assert f"| {of} | mean KL, nats | " in result.stdout
     assert "| sums | acc | " in result.stdout
     assert "| problems | count | with thinking | without |" in result.stdout
     assert "cut off (counted as wrong)" in result.stdout
@@ -131,6 +141,7 @@ def test_what_can_be_known_before_the_model_is_loaded_is(tmp_path, files):
     for options, message in (
         (EvaluateOptions(text, length=8, stride=9), "stride = 9 is more than length = 8"),
         (EvaluateOptions(tmp_path / "no"), f"{tmp_path / 'no'}: cannot be read"),
+        (EvaluateOptions(text, cache_dtype="int3"), "cache_dtype = 'int3': give int8"),
         (EvaluateOptions(tmp_path), f"{tmp_path}: cannot be read"),
     ):
         with pytest.raises(UserError, match=f"^{message}"):

@@ -138,6 +138,12 @@ WRITES = {
     "json again": [*PROMPTS, "--output=json", "--batch_size=2", "--seed=3"],
     "other seed": [*PROMPTS, "--output=json", "--seed=4"],
     "greedy": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14"],
+    "looked up": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14",
+                  "--speculate=lookup", "--draft_tokens=3"],
+    "drafted": [*PROMPTS, "--output=json", "--temperature=0", "--batch_size=2",
+                "--speculate=draft", "--draft_model={good}"],
+    "drafted stream": ["--prompt=the sea", "--temperature=0", "--max_new_tokens=14",
+                       "--speculate=draft", "--draft_model={good}", "--draft_tokens=13"],
     "yarn": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14",
              "--rope=yarn:4,original=32"],
     "penalty": ["--prompt=the sea", "--output=json", "--temperature=0", "--max_new_tokens=14",
@@ -159,6 +165,8 @@ WRITES = {
     "holes": ["--input={files}/holes.jsonl", "--infill", "--output=json", "--model={coder}",
               "--temperature=0"],
     "half": ["--prompt=x", "--dtype=bfloat16", "--output=json"],
+    "int8 cache": ["--prompt=the sea", "--prompt=x", "--output=json", "--max_new_tokens=40",
+                   "--cache_dtype=int8"],
 }  # fmt: skip
 REFUSES = {
     "no prompt": ([], "give --prompt (repeatable) or --input"),
@@ -181,6 +189,24 @@ REFUSES = {
                      "flag --thinking_budget=-1"),
     "thoughtless": (["--prompt=x", "--chat", "--thinking_budget=3", "--model={thoughtless}"],
                     "thinking_budget: the tokenizer has no token <think>"),
+    "mtp without": (["--prompt=x", "--speculate=mtp"],
+                    "the model has no head for the token after the next (mtp_layers = 0); look"),
+    "draft without": (["--prompt=x", "--speculate=draft"],
+                      "--draft_model and --speculate=draft need each other"),
+    "draft model alone": (["--prompt=x", "--draft_model={good}", "--speculate=lookup"],
+                          "--draft_model and --speculate=draft need each other"),
+    "draft tokens alone": (["--prompt=x", "--draft_tokens=3"], "--draft_tokens needs --speculate"),
+    "draft nothing": (["--prompt=x", "--speculate=lookup", "--draft_tokens=0"],
+                      "flag --draft_tokens=0"),
+    "speculate": (["--prompt=x", "--speculate=guess"], "flag --speculate=guess: value should be"),
+    "speculate mesh": (["--prompt=x", "--speculate=lookup", "--mesh=tensor:2"],
+                       "--speculate runs on one device; leave out --mesh"),
+    "speculate rope": (["--prompt=x", "--speculate=lookup", "--rope=dynamic:2"],
+                       "rope_type = dynamic changes with the length of the text"),
+    "draft nowhere": (["--prompt=x", "--speculate=draft", "--draft_model=/no/where"],
+                      "/no/where: no such directory"),
+    "draft tokens": (["--prompt=x", "--speculate=draft", "--draft_model={thoughtless}"],
+                     "--draft_model={thoughtless}: its tokenizer has other tokens than the"),
     "infill alone": (["--infill"], "--infill takes --input=FILE.jsonl, and neither --chat nor"),
     "empty input": (["--input="], "--input is empty; give a path"),
     "infill prompt": (["--prompt=x", "--infill"], "--infill takes --input=FILE.jsonl"),
@@ -196,6 +222,8 @@ REFUSES = {
     "paths": (["--input={files}/paths.jsonl", "--infill", "--model={coder}"],
               "{files}/paths.jsonl:1: infill: path should be one line of text, is 'a\\nb'"),
     "dtype": (["--prompt=x", "--dtype=int8"], "flag --dtype=int8: value should be one of"),
+    "cache dtype": (["--prompt=x", "--cache_dtype=int4"],
+                    "flag --cache_dtype=int4: value should be one of <int8>"),
     "rope kind": (["--prompt=x", "--rope=spiral:2"], "--rope=spiral:2: kind 'spiral' is unknown"),
     "rope form": (["--prompt=x", "--rope=yarn:4,original"], "--rope=yarn:4,original: 'original'"),
     "no such model": (["--prompt=x", "--model=/no/where"], "/no/where: no such directory"),
@@ -277,6 +305,26 @@ def loaded(checkpoint):
     return tokenizer, generate
 
 
+def test_speculation_writes_the_same_and_says_how_much_stood(results, written, loaded):
+    tokenizer, generate = loaded
+    (expected,) = written("greedy")
+    code, out, err = results["looked up"]
+    assert code == 0
+    assert json.loads(out) == expected
+    assert err.startswith("speculation: ")
+    assert err.endswith(" tokens a pass\n")
+    code, out, err = results["drafted"]
+    assert code == 0
+    prompts = [tokenizer.encode(prompt) for prompt in ("the sea", "x", "Hello")]
+    assert ids_of(map(json.loads, out.splitlines())) == generate(prompts)
+    assert "(100.0%), " in err
+    # One guess of all but the last token.
+    code, out, err = results["drafted stream"]
+    assert (code, out) == (0, expected["text"] + "\n")
+    n = len(expected["token_ids"])
+    assert err == f"speculation: 13 of 13 drafted tokens stood (100.0%), {n}.00 tokens a pass\n"
+
+
 def ids_of(records):
     return [record["token_ids"] for record in records]
 
@@ -318,6 +366,15 @@ def test_rope_is_scaled_by_its_flag(written, checkpoint, loaded):
         model, params, [tokenizer.encode("the sea")], 14, stop_ids=[tokenizer.eos_token_id]
     )
     assert ids_of(written("yarn")) == expected != ids_of(written("greedy"))
+
+
+def test_a_cache_is_kept_in_int8_by_its_flag(written, loaded):
+    tokenizer, generate = loaded
+    prompts = [tokenizer.encode(text) for text in ("the sea", "x")]
+    found = ids_of(written("int8 cache"))
+    sampling = {"temperature": DEFAULTS["temperature"], "top_k": DEFAULTS["top_k"]}
+    assert found == generate(prompts, 40, cache_dtype="int8", **sampling)
+    assert found != generate(prompts, 40, **sampling)
 
 
 def test_lines_of_a_file_are_prompts_and_keep_their_fields(written):

@@ -72,6 +72,25 @@ def test_what_does_not_fit_says_by_how_much_and_exits_0(run_tool, without_libtpu
     )
 
 
+def test_an_int8_cache_makes_a_plan_fit(run_tool, without_libtpu):
+    flags = ("--model=qwen3-8b", "--topology=v5e:2x2", "--batch=96", "--length=4096")
+    wide = run_tool("plan", *flags, **without_libtpu).stdout.splitlines()
+    done = run_tool("plan", *flags, "--cache_dtype=int8", **without_libtpu)
+    assert (done.returncode, done.stderr) == (0, "")
+    narrow = done.stdout.splitlines()
+    assert (wide[2], narrow[2]) == ("fits: no", "fits: yes")
+    assert narrow[1].startswith("decode of qwen3-8b on v5e:2x2 with a cache in int8: mesh tensor:4")
+
+    def cache(lines):
+        (line,) = [line for line in lines if line.startswith("  cache ")]
+        return float(line.split()[1])
+
+    # 36 layers, 2 of the 8 heads on a chip, keys and values: 128 numbers and a scale.
+    heads = 96 * 4096 * 36 * 2 * 2
+    assert cache(wide) == pytest.approx(heads * 256 / 2**30, abs=0.02)
+    assert cache(narrow) == pytest.approx(heads * 132 / 2**30, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -81,6 +100,8 @@ def test_what_does_not_fit_says_by_how_much_and_exits_0(run_tool, without_libtpu
         (["--topology=v5e:2x2", "--mesh=tensor:4", "--sweep"], "--mesh is not for --sweep"),
         (["--topology=v5e:2x2", "--json=/nowhere/plan.json"], "/nowhere/plan.json: cannot be"),
         (["--topology=v5e:2x2", "--model=qwen3-0.7b"], "preset 'qwen3-0.7b' is unknown"),
+        (["--topology=v5e:2x2", "--cache_dtype=int4"], "flag --cache_dtype=int4: value should be"),
+        (["--topology=v5e:2x2", "--cache_dtype=int8", "--mode=train"], "training has no cache"),
         ([], "--topology is needed"),
     ],
 )

@@ -6,11 +6,16 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.nn.attend import Mask, attend, gradients_of_part
+from qwen_jax.nn.attend import FEW_QUERIES, Mask, attend, gradients_of_part
+from qwen_jax.nn.int8_vectors import Vectors, dense
 from qwen_jax.nn.kernels.cudnn import cudnn_attend, why_not_cudnn
 from qwen_jax.nn.kernels.mosaic import LANES
 from qwen_jax.nn.kernels.splash import splash_attend, splash_gradients_of_part, why_not_splash
 from qwen_jax.sharding.axes import Layout
+
+# Keys from which on a CPU passes over those that few queries do not see, a cache's empty slots;
+# with more queries it does so always. Accelerators are faster than the loop over blocks.
+_MANY_KEYS = 1024
 
 
 class Choice(NamedTuple):
@@ -49,7 +54,7 @@ class Kernels:
     def choose(
         self,
         q: jax.Array | jax.ShapeDtypeStruct,
-        k: jax.Array | jax.ShapeDtypeStruct,
+        k: Vectors | jax.ShapeDtypeStruct,
         mask: Mask,
         needs_lse: bool = True,
     ) -> Choice:
@@ -79,21 +84,28 @@ class Kernels:
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: Vectors,
+        v: Vectors,
         mask: Mask,
         scale: jax.Array | float | None = None,
         otherwise: Literal["auto", "blockwise"] = "auto",
         dtype: jnp.dtype | None = None,
         needs_lse: bool = True,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """`attend`, by the method `otherwise` where no kernel can; None for a sum not needed."""
+        """`attend`, by the method `otherwise` where no kernel can; None for a sum not needed.
+
+        The kernels read no int8: before them a layer's keys and values are written out.
+        """
         match self.choose(q, k, mask, needs_lse).method:
             case "splash":
-                return splash_attend(q, k, v, mask, scale, dtype, **self._promises)
+                return splash_attend(q, dense(k), dense(v), mask, scale, dtype, **self._promises)
             case "cudnn":
-                return cudnn_attend(q, k, v, mask, scale, self.in_order), None
+                return cudnn_attend(q, dense(k), dense(v), mask, scale, self.in_order), None
             case _:
+                T, S = q.shape[1], k.shape[1]
+                few = T <= FEW_QUERIES and S <= _MANY_KEYS
+                if self.platform == "cpu" and not few and not self.in_order:
+                    otherwise = "blockwise"
                 return attend(q, k, v, mask, scale, otherwise, dtype, self.in_order)
 
     def gradients_of_part(self, q, k, v, mask: Mask, scale, results, cotangents):

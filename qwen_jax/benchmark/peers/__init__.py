@@ -1,0 +1,1 @@
+"""Scripts that measure other packages, in environments of their own."""

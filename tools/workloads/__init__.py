@@ -1,0 +1,1 @@
+"""What `python -m tools.benchmark` measures: the flags of each workload, and how it runs."""
