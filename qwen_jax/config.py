@@ -19,13 +19,17 @@ class LayerKind(enum.StrEnum):
 
 
 class RopeKind(enum.StrEnum):
-    """How rotary frequencies are scaled; the values are those of `rope_type` in config.json."""
+    """How rotary frequencies are scaled; `nn.rope` has the formulas and their sources."""
 
     DEFAULT = "default"
     LINEAR = "linear"
+    NTK = "ntk"
     DYNAMIC = "dynamic"
-    YARN = "yarn"
     STEPPED_NTK = "stepped_ntk"
+    YARN = "yarn"
+    DYNAMIC_YARN = "dynamic_yarn"
+    LONGROPE = "longrope"
+    PROPORTIONAL = "proportional"
 
 
 class HeadKind(enum.StrEnum):
@@ -46,14 +50,21 @@ class RopeSpec:
     Attributes:
       theta: base of the geometric series of wavelengths (`rope_theta`).
       kind: the scaling.
-      factor: ratio of the length aimed at to the trained one; 1 for `default`.
-      original_max_position_embeddings: trained length in tokens, read by `dynamic`, `yarn` and
-        `stepped_ntk`.
-      attention_factor: what cos and sin are multiplied with, 1 unless `yarn`.
+      factor: ratio of the length aimed at to the trained one; 1 for `default`, and where the
+        length of the text tells the ratio.
+      original_max_position_embeddings: trained length in tokens, read by `dynamic`, `stepped_ntk`,
+        both of `yarn` and `longrope`.
+      attention_factor: what cos and sin are multiplied with, 1 unless `yarn` or `longrope`.
       beta_fast, beta_slow: rotations within the trained length above which `yarn` leaves a
         frequency alone, and below which it divides it by `factor`.
+      by_rotations: whether between the two `yarn` goes by a pair's rotations, as the paper has it,
+        or by its index, as the paper's code and transformers have it.
       truncate: whether `yarn` rounds the ends of its ramp outwards to whole pairs.
-      partial_rotary_factor: share of a head's channels, from the first on, that are rotated.
+      short_factors, long_factors: what `longrope` divides each frequency by, up to the trained
+        length and beyond it.
+      partial_rotary_factor: share of a head's channels, from the first on, that are rotated; of
+        `proportional` the share of all pairs that turn at all.
+      resonance: whether wavelengths are rounded to whole positions once they are scaled.
       in_float32: whether queries and keys are rotated in float32 and rounded after; else cos and
         sin are rounded to their dtype first.
       mrope_section: how many frequencies follow time, height and width in a model that sees
@@ -67,15 +78,19 @@ class RopeSpec:
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    by_rotations: bool = False
     truncate: bool = True
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
     partial_rotary_factor: float = 1.0
+    resonance: bool = False
     in_float32: bool = False
     mrope_section: tuple[int, ...] | None = None
 
     @property
     def depends_on_length(self) -> bool:
         """Whether the frequencies change as the text grows, and with them what a cache holds."""
-        return self.kind is RopeKind.DYNAMIC
+        return self.kind in (RopeKind.DYNAMIC, RopeKind.DYNAMIC_YARN, RopeKind.LONGROPE)
 
     @property
     def depends_on_prompt(self) -> bool:
@@ -179,6 +194,35 @@ class DualChunkSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class FarSpec:
+    """Attention that is exact within a window and sees otherwise what is beyond it (`nn.far`).
+
+    Attributes:
+      window: distances below it are exact.
+      stretch: beyond it distances grow by 1 in so many tokens, from the window on; None for not at
+        all, as in ReRoPE.
+      whole: whether they do so in whole steps, as in Self-Extend.
+      sinks: how many tokens at the start of a text are seen beyond the window, and no others, as in
+        StreamingLLM; 0 for all.
+    """
+
+    window: int
+    stretch: float | None = None
+    whole: bool = False
+    sinks: int = 0
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise UserError(f"window = {self.window} must be at least 1")
+        if self.stretch is not None and self.stretch < 1:
+            raise UserError(f"stretch = {self.stretch} must be at least 1")
+        if self.sinks < 0 or (self.sinks and self.stretch is not None):
+            raise UserError(
+                f"sinks = {self.sinks} must not be negative, nor together with a stretch"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class GuardSpec:
     """A head that judges every token twice: as part of an answer, and as part of a query.
 
@@ -225,6 +269,7 @@ class ModelConfig:
       logn_length: trained length from which queries are scaled by log(position) / log(length);
         None for never.
       dual_chunk: of all full-attention layers; None for plain attention.
+      far: of all full-attention layers, what they make of distant keys; None for nothing of note.
       delta: of the linear-attention layers; None if there are none.
       moe: the experts; None if every layer is dense.
       head: what reads the final hidden states.
@@ -258,6 +303,7 @@ class ModelConfig:
     zero_centered_norm: bool = False
     logn_length: int | None = None
     dual_chunk: DualChunkSpec | None = None
+    far: FarSpec | None = None
     delta: DeltaSpec | None = None
     moe: MoeSpec | None = None
     head: HeadKind = HeadKind.VOCABULARY
@@ -289,11 +335,19 @@ class ModelConfig:
                 f"{self.rope.partial_rotary_factor} make {self.rotary_dim} rotated channels, where "
                 f"an even number from 2 to {self.head_dim} is needed"
             )
-        if self.rotary_dim == 2 and self.rope.kind in (RopeKind.DYNAMIC, RopeKind.STEPPED_NTK):
+        based = (RopeKind.NTK, RopeKind.DYNAMIC, RopeKind.STEPPED_NTK)
+        if self.rotary_dim == 2 and self.rope.kind in based:
             raise UserError(
                 f"{self.rotary_dim} rotated channels have one frequency, which "
                 f"{self.rope.kind.value} RoPE cannot stretch"
             )
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.rotary_dim // 2:
+                raise UserError(
+                    f"{name.removesuffix('s')} has {len(factors)} numbers for "
+                    f"{self.rotary_dim // 2} frequencies; give one for each"
+                )
         if self.rms_norm_eps < 0:
             raise UserError(f"rms_norm_eps = {self.rms_norm_eps} must not be negative")
         sliding = LayerKind.SLIDING_ATTENTION in self.layer_types
@@ -303,10 +357,12 @@ class ModelConfig:
                 f"sliding_window = {self.sliding_window}; give a window of at least 1 token"
             )
 
-        if self.dual_chunk is not None and (sliding or self.logn_length is not None):
+        if self.dual_chunk is not None and self.far is not None:
+            raise UserError("dual_chunk and far are two ways to see distant keys; give one")
+        if self.dual_chunk is not None and sliding:
             raise UserError(
-                "dual_chunk_attention_config: chunks together with sliding layers or logn scaling "
-                "are not supported; no published model has both"
+                "dual_chunk_attention_config: chunks together with sliding layers are not "
+                "supported, which would need rotations of their own"
             )
         if (LayerKind.LINEAR_ATTENTION in self.layer_types) != (self.delta is not None):
             raise UserError(
@@ -324,7 +380,9 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many channels of a head are rotated."""
+        """How many channels of a head have a frequency."""
+        if self.rope.kind is RopeKind.PROPORTIONAL:
+            return self.head_dim
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
@@ -356,4 +414,5 @@ class ModelConfig:
 
     def exceeds_positions(self, length: int) -> bool:
         """Whether `length` tokens are more than the declared positions, with RoPE unscaled."""
-        return self.rope.kind is RopeKind.DEFAULT and length > self.max_position_embeddings
+        unscaled = (RopeKind.DEFAULT, RopeKind.PROPORTIONAL)
+        return self.rope.kind in unscaled and length > self.max_position_embeddings

@@ -25,7 +25,7 @@ from qwen_jax.config import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.hf_heads import read_head, write_head
-from qwen_jax.hf_rope import read_rope, read_rope_parameters, write_rope_scaling
+from qwen_jax.hf_rope import read_rope, write_rope_scaling
 from qwen_jax.json_fields import Fields, disagreement, read_json_object, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -535,28 +535,6 @@ def _read_layer_types(
             "set use_sliding_window or remove the sliding layers"
         )
     return tuple(map(LayerKind, layer_types)), window
-
-
-def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any]) -> ModelConfig:
-    """`config` with the rotary scaling replaced, its base kept unless the dict gives one.
-
-    Args:
-      config: the model.
-      rope_scaling: the dict that config.json would hold.
-
-    Raises:
-      UserError: unknown kind, or an option that the kind does not have.
-    """
-    rope = read_rope_parameters(
-        rope_scaling,
-        config.rope.theta,
-        config.max_position_embeddings,
-        "rope_scaling",
-        config.rope.partial_rotary_factor,
-    )
-    kept = {name: getattr(config.rope, name) for name in ("mrope_section", "in_float32")}
-    rope = dataclasses.replace(rope, **kept)
-    return dataclasses.replace(config, rope=rope)
 
 
 def with_experts(config: ModelConfig, moe: MoeSpec) -> ModelConfig:

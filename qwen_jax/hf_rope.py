@@ -1,7 +1,6 @@
 """The rotary settings of config.json: `rope_scaling` or `rope_parameters` <-> `RopeSpec`."""
 
 import dataclasses
-import json
 import math
 import warnings
 from typing import Any
@@ -10,14 +9,27 @@ from qwen_jax.config import RopeKind, RopeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.json_fields import Fields, disagreement, shown
 
-# What each kind reads besides its name and base; anything else in the dict is refused.
-_ROPE_OPTIONS = {
-    RopeKind.DEFAULT: (),
-    RopeKind.LINEAR: ("factor",),
-    RopeKind.DYNAMIC: ("factor",),
-    RopeKind.YARN: ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
-                    "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+_YARN_RAMP = ("original_max_position_embeddings", "beta_fast", "beta_slow")
+_YARN = ("factor", *_YARN_RAMP, "attention_factor", "mscale", "mscale_all_dim")
+# What each `rope_type` reads besides its base; anything else in the dict is refused. Those that
+# transformers does not know are refused by it.
+ROPE_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "dynamic": ("factor",),
+    "stepped_ntk": ("original_max_position_embeddings",),
+    "ntk_by_parts": ("factor", *_YARN_RAMP, "truncate"),
+    "yarn": (*_YARN, "truncate"),
+    "yarn_by_rotations": _YARN,
+    "dynamic_yarn": (*_YARN_RAMP, "truncate"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor",
+                 "long_factor"),
+    "proportional": ("factor", "partial_rotary_factor"),
 }  # fmt: skip
+# Before any of these: with wavelengths rounded. By itself it is of the default.
+_RESONANCE = "resonance"
 
 
 def read_rope(
@@ -66,7 +78,7 @@ def read_rope(
     # transformers gives a trained length at the top of the file precedence over the nested one.
     original = fields.take("original_max_position_embeddings", "integer")
     kind = parameters.get("rope_type", parameters.get("type"))
-    if original is not None and kind == RopeKind.YARN:
+    if original is not None and "original_max_position_embeddings" in _options(kind):
         parameters = {**parameters, "original_max_position_embeddings": original}
     if partial_rotary_factor is not None:
         shares = {
@@ -116,110 +128,195 @@ def read_rope_parameters(
     if len(set(names.values())) > 1:
         raise UserError(f"{source}: {disagreement(names)}")
     name = next(iter(names.values()), "default")
-    if name not in tuple(_ROPE_OPTIONS):
+    if not is_known(name):
         raise UserError(
-            f"{source}: rope_type = {shown(name)} is not supported; known: "
-            f"{', '.join(_ROPE_OPTIONS)}"
+            f"{source}: rope_type = {shown(name)} is not supported; known: {known_names()}"
         )
-    kind = RopeKind(name)
+    base, resonance = _without_resonance(name)
     theta = float(options.take("rope_theta", "number", theta))
     if theta <= 0:
         raise UserError(f"{source}: rope_theta = {theta} must be positive")
     share = 1.0 if partial_rotary_factor is None else partial_rotary_factor
-    if options.take("partial_rotary_factor", "number", share) != share:
-        raise options.refuse(
-            "partial_rotary_factor", parameters["partial_rotary_factor"], f"only {share} is"
-        )
+    given = options.take("partial_rotary_factor", "number", share)
+    if base == "proportional":
+        if not 0 <= given <= 1:
+            raise options.refuse("partial_rotary_factor", given, "a share from 0 to 1 is needed")
+        share = given
+    elif given != share:
+        raise options.refuse("partial_rotary_factor", given, f"only {share} is")
     section = None
     if partial_rotary_factor is not None:
         section = options.take("mrope_section", "list of integers")
         # How the sections alternate is for pictures; on text they are all alike.
         options.take("mrope_interleaved", "boolean")
     unread = [
-        name
-        for name, value in options.values.items()
-        if value is not None and name not in _ROPE_OPTIONS[kind]
+        option
+        for option, value in options.values.items()
+        if value is not None and option not in _options(name)
     ]
     if unread:
         raise options.refuse(
-            unread[0], parameters[unread[0]], f"rope_type {kind.value} does not read it; remove it"
+            unread[0], parameters[unread[0]], f"rope_type {name} does not read it; remove it"
         )
     return dataclasses.replace(
-        _ROPE_READERS[kind](options, theta, max_position_embeddings),
+        _read_kind(base, options, theta, max_position_embeddings),
         partial_rotary_factor=float(share),
         mrope_section=None if section is None else tuple(section),
+        resonance=resonance,
     )
 
 
-def _read_default(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
-    del options, max_position_embeddings
-    return RopeSpec(theta=theta)
+def _without_resonance(name: str) -> tuple[str, bool]:
+    """A `rope_type` without its prefix, and whether it had it."""
+    base = name.removeprefix(_RESONANCE)
+    return base.removeprefix("_") or "default", base != name
 
 
-def _read_linear(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
-    del max_position_embeddings
-    return RopeSpec(theta=theta, kind=RopeKind.LINEAR, factor=_read_factor(options))
-
-
-def _read_dynamic(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
-    return RopeSpec(
-        theta=theta,
-        kind=RopeKind.DYNAMIC,
-        factor=_read_factor(options),
-        original_max_position_embeddings=max_position_embeddings,
+def is_known(name: Any) -> bool:
+    """Whether a `rope_type` of config.json is read."""
+    return name == _RESONANCE or (
+        isinstance(name, str) and name.removeprefix(f"{_RESONANCE}_") in ROPE_OPTIONS
     )
 
 
-def _read_yarn(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
-    """YaRN (arXiv 2309.00071) with the options of transformers, where 0 counts as not given."""
+def known_names() -> str:
+    """What `rope_type` can be, for errors."""
+    return f"{', '.join(ROPE_OPTIONS)}, and each behind {_RESONANCE}_"
+
+
+def _options(name: Any) -> tuple[str, ...]:
+    """What a `rope_type` reads; nothing for one that is not known."""
+    return ROPE_OPTIONS[_without_resonance(name)[0]] if is_known(name) else ()
+
+
+def _read_kind(name: str, options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    match name:
+        case "default":
+            return RopeSpec(theta=theta)
+        case "linear" | "ntk":
+            return RopeSpec(theta=theta, kind=RopeKind(name), factor=_read_factor(options))
+        case "proportional":
+            factor = _read_factor(options) if options.values.get("factor") is not None else 1.0
+            return RopeSpec(theta=theta, kind=RopeKind.PROPORTIONAL, factor=factor)
+        case "dynamic":
+            return RopeSpec(
+                theta=theta,
+                kind=RopeKind.DYNAMIC,
+                factor=_read_factor(options),
+                original_max_position_embeddings=max_position_embeddings,
+            )
+        case "stepped_ntk":
+            trained = _read_original(name, options, max_position_embeddings)
+            return RopeSpec(
+                theta=theta,
+                kind=RopeKind.STEPPED_NTK,
+                original_max_position_embeddings=trained,
+            )
+        case "longrope":
+            return _read_longrope(options, theta, max_position_embeddings)
+        case _:
+            return _read_by_parts(name, options, theta, max_position_embeddings)
+
+
+def _read_original(name: str, options: Fields, max_position_embeddings: int) -> int:
+    """The trained length, the declared one where it is not given."""
     original = options.take("original_max_position_embeddings", "integer")
     trained = max_position_embeddings if original is None else original
     if trained < 1:
         raise options.refuse("original_max_position_embeddings", trained, "at least 1 is needed")
-    if "factor" in options.values and options.values["factor"] is None:
-        factor = max_position_embeddings / trained
-    else:
-        factor = _read_factor(options)
-    attention_factor = options.take("attention_factor", "number")
-    mscale = options.take("mscale", "number")
-    mscale_all_dim = options.take("mscale_all_dim", "number")
-    if attention_factor is None:
-        if mscale and mscale_all_dim:
-            attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
-        else:
-            attention_factor = _mscale(factor, 1.0)
-    betas = {}
-    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-        betas[name] = float(options.take(name, "number") or default)
-        if betas[name] < 0:
-            raise options.refuse(name, betas[name], "a positive number is needed")
-    if theta <= 1:
-        raise options.refuse("rope_theta", theta, "yarn needs a base above 1")
     if original is None:
         warnings.warn(
-            f"{options.source}: yarn without original_max_position_embeddings takes "
+            f"{options.source}: {name} without original_max_position_embeddings takes "
             f"max_position_embeddings = {trained}, as transformers does; the Qwen cards mean the "
             "trained length, 32768",
             stacklevel=2,
         )
+    return trained
+
+
+def _read_by_parts(
+    name: str, options: Fields, theta: float, max_position_embeddings: int
+) -> RopeSpec:
+    """YaRN (arXiv 2309.00071) and what is of its kind, options as in transformers, 0 for none."""
+    if theta <= 1:
+        raise options.refuse("rope_theta", theta, f"{name} needs a base above 1")
+    trained = _read_original(name, options, max_position_embeddings)
+    if name == "dynamic_yarn":
+        factor = 1.0
+    elif (
+        name.startswith("yarn") and "factor" in options.values and options.values["factor"] is None
+    ):
+        factor = max_position_embeddings / trained
+    else:
+        factor = _read_factor(options)
+    slow, fast = "beta_slow", "beta_fast"
+    betas = {}
+    if name == "llama3":
+        for own, field in (("low_freq_factor", slow), ("high_freq_factor", fast)):
+            betas[field] = float(options.require(own, "number"))
+        if not 0 < betas[slow] < betas[fast]:
+            raise options.refuse(
+                "low_freq_factor", betas[slow], f"above 0 and below {betas[fast]} is needed"
+            )
+    else:
+        for field, default in ((fast, 32.0), (slow, 1.0)):
+            betas[field] = float(options.take(field, "number") or default)
+            if betas[field] < 0:
+                raise options.refuse(field, betas[field], "a positive number is needed")
+    by_rotations = name in ("llama3", "yarn_by_rotations")
+    if by_rotations and betas[slow] == betas[fast]:
+        raise options.refuse(slow, betas[slow], "another number than beta_fast is needed")
+    has_temperature = name in ("yarn", "yarn_by_rotations")
     return RopeSpec(
         theta=theta,
-        kind=RopeKind.YARN,
+        kind=RopeKind.DYNAMIC_YARN if name == "dynamic_yarn" else RopeKind.YARN,
         factor=factor,
         original_max_position_embeddings=trained,
-        attention_factor=float(attention_factor),
+        attention_factor=_read_temperature(options, factor) if has_temperature else 1.0,
         **betas,
+        by_rotations=by_rotations,
         # transformers takes null for false here.
         truncate=options.take("truncate", "boolean", "truncate" not in options.values),
     )
 
 
-_ROPE_READERS = {
-    RopeKind.DEFAULT: _read_default,
-    RopeKind.LINEAR: _read_linear,
-    RopeKind.DYNAMIC: _read_dynamic,
-    RopeKind.YARN: _read_yarn,
-}
+def _read_temperature(options: Fields, factor: float) -> float:
+    attention_factor = options.take("attention_factor", "number")
+    mscale = options.take("mscale", "number")
+    mscale_all_dim = options.take("mscale_all_dim", "number")
+    if attention_factor is None:
+        if mscale and mscale_all_dim:
+            return _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+        return _mscale(factor, 1.0)
+    return float(attention_factor)
+
+
+def _read_longrope(options: Fields, theta: float, max_position_embeddings: int) -> RopeSpec:
+    """LongRoPE (arXiv 2402.13753) with the options of transformers."""
+    trained = _read_original("longrope", options, max_position_embeddings)
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        values = options.require(name, "list of numbers")
+        if not all(value > 0 for value in values):
+            raise options.refuse(name, values, "positive numbers are needed")
+        factors[f"{name}s"] = tuple(map(float, values))
+    if options.values.get("factor") is None:
+        options.take("factor", "number")
+        factor = max_position_embeddings / trained
+    else:
+        factor = _read_factor(options)
+    attention_factor = options.take("attention_factor", "number")
+    if attention_factor is None:
+        grown = factor > 1 and trained > 1
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(trained)) if grown else 1.0
+    return RopeSpec(
+        theta=theta,
+        kind=RopeKind.LONGROPE,
+        factor=factor,
+        original_max_position_embeddings=trained,
+        attention_factor=float(attention_factor),
+        **factors,
+    )
 
 
 def _mscale(factor: float, coefficient: float) -> float:
@@ -233,78 +330,56 @@ def _read_factor(options: Fields) -> float:
     return factor
 
 
-def parse_rope_flag(text: str) -> dict[str, Any] | None:
-    """The `--rope` of a command line as the dict that config.json would hold.
-
-    Args:
-      text: `none`, or `KIND[:FACTOR][,option=value...]` such as `yarn:4,original=32768`; `original`
-        is short for `original_max_position_embeddings`. Empty means the checkpoint's own.
-
-    Returns:
-      None for the checkpoint's own.
-
-    Raises:
-      UserError: the text has another form, or holds what `read_rope_parameters` refuses of every
-        model.
-    """
-    if not text:
-        return None
-    if text == "none":
-        return {"rope_type": RopeKind.DEFAULT.value}
-    head, *rest = text.split(",")
-    kind, _, factor = head.partition(":")
-    if kind not in tuple(_ROPE_OPTIONS):
-        raise UserError(
-            f"--rope={text}: kind {kind!r} is unknown; known: {', '.join(_ROPE_OPTIONS)}"
-        )
-    parameters: dict[str, Any] = {"rope_type": kind}
-    if factor:
-        parameters["factor"] = _parsed(factor)
-    for option in rest:
-        name, equals, value = option.partition("=")
-        name = "original_max_position_embeddings" if name == "original" else name
-        if not equals:
-            raise UserError(f"--rope={text}: {option!r} should be option=value")
-        if name in parameters:
-            raise UserError(f"--rope={text}: {name} is given twice; keep one")
-        parameters[name] = _parsed(value)
-    with warnings.catch_warnings():
-        # Read again for the model, whose lengths and share of rotated channels are not known here.
-        warnings.simplefilter("ignore")
-        share = parameters.get("partial_rotary_factor")
-        read_rope_parameters(parameters, 10_000.0, 1, f"--rope={text}", share)
-    return parameters
-
-
-def _parsed(value: str) -> Any:
-    # What is no number or boolean stays text, and the reader of the option refuses it by name.
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return parsed if isinstance(parsed, int | float) else value
-
-
 def write_rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     """The `rope_scaling` of config.json that reads back as `rope`; null for unscaled RoPE.
 
-    The share of rotated channels has a field of its own.
+    The share of rotated channels has a field of its own, but for that of turning pairs.
     """
-    scaling: dict[str, Any] = {}
+    scaling: dict[str, Any] = {"rope_type": rope.kind.value}
+    ramp = {
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+    }
     match rope.kind:
-        case RopeKind.LINEAR | RopeKind.DYNAMIC:
-            scaling = {"rope_type": rope.kind.value, "factor": rope.factor}
-        case RopeKind.YARN:
+        case RopeKind.LINEAR | RopeKind.NTK | RopeKind.DYNAMIC:
+            scaling["factor"] = rope.factor
+        case RopeKind.YARN if rope.by_rotations and rope.attention_factor == 1:
             scaling = {
-                "rope_type": "yarn",
+                "rope_type": "llama3",
+                "factor": rope.factor,
+                "original_max_position_embeddings": rope.original_max_position_embeddings,
+                "low_freq_factor": rope.beta_slow,
+                "high_freq_factor": rope.beta_fast,
+            }
+        case RopeKind.YARN:
+            scaling |= {"factor": rope.factor, **ramp, "attention_factor": rope.attention_factor}
+            if rope.by_rotations:
+                scaling["rope_type"] = "yarn_by_rotations"
+            else:
+                scaling["truncate"] = rope.truncate
+        case RopeKind.STEPPED_NTK:
+            original = rope.original_max_position_embeddings
+            scaling["original_max_position_embeddings"] = original
+        case RopeKind.DYNAMIC_YARN:
+            scaling |= {**ramp, "truncate": rope.truncate}
+        case RopeKind.LONGROPE:
+            scaling |= {
                 "factor": rope.factor,
                 "original_max_position_embeddings": rope.original_max_position_embeddings,
                 "attention_factor": rope.attention_factor,
-                "beta_fast": rope.beta_fast,
-                "beta_slow": rope.beta_slow,
-                "truncate": rope.truncate,
+                "short_factor": list(rope.short_factors),
+                "long_factor": list(rope.long_factors),
             }
+        case RopeKind.PROPORTIONAL:
+            scaling |= {
+                "factor": rope.factor,
+                "partial_rotary_factor": rope.partial_rotary_factor,
+            }
+    if rope.resonance:
+        is_default = rope.kind is RopeKind.DEFAULT
+        name = scaling["rope_type"]
+        scaling["rope_type"] = _RESONANCE if is_default else f"{_RESONANCE}_{name}"
     if rope.mrope_section is not None:
-        scaling = {"rope_type": rope.kind.value, **scaling}
         scaling["mrope_section"] = list(rope.mrope_section)
-    return scaling or None
+    return None if scaling == {"rope_type": RopeKind.DEFAULT.value} else scaling

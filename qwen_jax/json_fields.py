@@ -61,6 +61,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "object": lambda v: isinstance(v, dict),
     "list of strings": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
     "list of integers": lambda v: isinstance(v, list) and all(map(_is_integer, v)),
+    "list of numbers": lambda v: isinstance(v, list) and all(map(_is_number, v)),
     "list of lists of integers": lambda v: (
         isinstance(v, list) and all(isinstance(x, list) and all(map(_is_integer, x)) for x in v)
     ),

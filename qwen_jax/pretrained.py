@@ -12,9 +12,10 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.checkpoint.loading import load_params, open_model
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import DTYPES, load_config, with_rope_scaling
+from qwen_jax.hf_config import DTYPES, load_config
 from qwen_jax.json_fields import read_json_object
 from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.rope_scaling import with_rope_scaling
 from qwen_jax.sharding import axes
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def load_pretrained(
         text such as "fsdp:4,tensor:2"; None for the default device. Each process reads what its own
         devices hold of a tensor, and all processes of the mesh call this.
       rope_scaling: replaces the checkpoint's, the dict that config.json would hold, such as
-        `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
+        `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`; what it
+        can say besides is told in `qwen_jax.rope_scaling`.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
       weights: of a quantised checkpoint: "dense" dequantises them here, "packed" keeps them as they
         are and dequantises within each product, for less memory and more work.

@@ -33,13 +33,22 @@ def _no_length_warning():
 
 def draw_rope(rng: random.Random) -> dict | None:
     """A rope dict without its base, or None, with every option in turn absent, null, 0 or set."""
-    kind = rng.choice(["absent", "default", "linear", "dynamic", "yarn", "yarn", "yarn"])
+    known = ["default", "linear", "dynamic", "llama3", "longrope", "proportional"]
+    kind = rng.choice(["absent", *known, "yarn", "yarn", "yarn"])
     if kind == "absent":
         return None
     rope = {rng.choice(["rope_type", "type"]): kind}
     if kind == "default":
         return rope
     rope["factor"] = rng.choice([1, 1.5, 2, 4.0, 8.25])
+    if kind == "llama3":
+        rope["low_freq_factor"], rope["high_freq_factor"] = rng.choice([(1, 4), (0.5, 30.0)])
+    if kind == "longrope" and rng.random() < 0.5:
+        rope["attention_factor"] = rng.choice([None, 0.75, 1.5])
+    if kind == "proportional" and rng.random() < 0.7:
+        rope["partial_rotary_factor"] = rng.choice([0.0, 0.5, 0.75, 1])
+    if kind in ("llama3", "longrope"):
+        rope["original_max_position_embeddings"] = rng.choice([256, 1000, 32768])
     if kind == "yarn":
         options = {
             "factor": [None],
@@ -107,6 +116,12 @@ def draw(seed: int) -> dict:
         raw["layer_types"] = draw_layer_types(rng, raw)
 
     rope, theta = draw_rope(rng), rng.choice([None, 1e4, 1_000_000, 5e6])
+    if rope and "longrope" in rope.values():
+        head_dim = raw.get("head_dim") or (
+            128 if family == "qwen3" else raw["hidden_size"] // heads
+        )
+        for name in ("short_factor", "long_factor"):
+            rope[name] = [rng.uniform(1, 9) for _ in range(head_dim // 2)]
     is_new_layout = rng.random() < 0.5
     if is_new_layout:
         raw["rope_parameters"] = {**(rope or {}), **({"rope_theta": theta} if theta else {})}
@@ -168,16 +183,24 @@ def assert_ropes_agree(ours: ModelConfig, theirs) -> None:
     rope, settings = ours.rope, theirs.rope_parameters
     length = 3 * theirs.max_position_embeddings
     frequencies, attention_factor = their_frequencies(theirs, length)
-    assert rope.kind == settings["rope_type"]
+    llama3 = settings["rope_type"] == "llama3"
+    assert rope.kind == ("yarn" if llama3 else settings["rope_type"])
+    assert rope.by_rotations == llama3
     assert rope.theta == settings["rope_theta"]
     assert rope.attention_factor == pytest.approx(attention_factor, rel=1e-12)
     computed = inverse_frequencies(rope, ours.head_dim, length)
     torch.testing.assert_close(torch.tensor(computed.tolist()), frequencies, rtol=1e-5, atol=0)
     original = theirs.max_position_embeddings
     match rope.kind:
-        case RopeKind.DEFAULT | RopeKind.LINEAR:
+        case RopeKind.DEFAULT | RopeKind.LINEAR | RopeKind.PROPORTIONAL:
             assert rope.original_max_position_embeddings is None
         case RopeKind.DYNAMIC:
+            assert rope.original_max_position_embeddings == original
+        case RopeKind.LONGROPE:
+            original = settings["original_max_position_embeddings"]
+            assert rope.original_max_position_embeddings == original
+        case RopeKind.YARN if llama3:
+            original = settings["original_max_position_embeddings"]
             assert rope.original_max_position_embeddings == original
         case RopeKind.YARN:
             original = settings["original_max_position_embeddings"]
@@ -235,11 +258,13 @@ def test_written_config_means_the_same_to_readers_without_layer_types(first_slid
 
 
 def test_draws_cover_every_kind_of_rope_and_layer():
-    ours = [read_hf_config(draw(seed)) for seed in range(80)]
-    elsewhere = {RopeKind.STEPPED_NTK, LayerKind.LINEAR_ATTENTION}
+    ours = [read_hf_config(draw(seed)) for seed in range(120)]
+    elsewhere = {RopeKind.STEPPED_NTK, RopeKind.NTK, RopeKind.DYNAMIC_YARN}
+    elsewhere |= {LayerKind.LINEAR_ATTENTION}
     assert {config.rope.kind for config in ours} == set(RopeKind) - elsewhere
     assert {kind for config in ours for kind in config.layer_types} == set(LayerKind) - elsewhere
     yarns = [config.rope for config in ours if config.rope.kind is RopeKind.YARN]
+    assert {rope.by_rotations for rope in yarns} == {True, False}
     assert len({rope.attention_factor for rope in yarns}) > 8
     assert {rope.truncate for rope in yarns} == {True, False}
 
@@ -531,10 +556,10 @@ REFUSED = [
     *[
         ("Qwen3-0.6B", {"rope_scaling": rope}, ["rope", *words])
         for rope, words in [
-            ({"rope_type": "longrope", "factor": 2.0}, ['"longrope"', "yarn"]),
-            ({"rope_type": "llama3", "factor": 2.0}, ['"llama3"']),
+            ({"rope_type": "longrope", "factor": 2.0}, ["short_factor is missing"]),
+            ({"rope_type": "llama3", "factor": 2.0}, ["low_freq_factor is missing"]),
             ({"type": "mrope"}, ['"mrope"']),
-            ({"type": "su", "factor": 2.0}, ['"su"']),
+            ({"type": "su", "factor": 2.0}, ['"su"', "yarn"]),
             ({"rope_type": "default", "mrope_section": [16, 24, 24]},
              ["mrope_section = [16, 24, 24]"]),
             ({"rope_type": "default", "factor": 4.0}, ["factor = 4.0", "default"]),

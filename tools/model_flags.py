@@ -11,7 +11,6 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config
-from qwen_jax.hf_rope import parse_rope_flag
 from qwen_jax.inference.checks import check_writes_text
 from qwen_jax.inference.defaults import (
     GenerationDefaults,
@@ -19,6 +18,7 @@ from qwen_jax.inference.defaults import (
     stop_ids_of,
 )
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.rope_scaling import parse_rope_flag
 from qwen_jax.text import Tokenizer
 from tools import mesh_flag, weights_flag
 
@@ -31,9 +31,18 @@ DTYPE = flags.DEFINE_enum(
 ROPE = flags.DEFINE_string(
     "rope",
     "",
-    "none, or KIND[:FACTOR][,option=value...], such as yarn:4,original=32768; the checkpoint's own "
-    "if not given. Kinds: default, linear, dynamic, yarn. Options, of yarn: original (the trained "
-    "length), attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate.",
+    "KIND[:FACTOR][,option=value...], such as yarn:4,original=32768; the checkpoint's own if not "
+    "given. Kinds: none or default, linear, ntk, dynamic, stepped_ntk, ntk_by_parts, yarn, "
+    "yarn_by_rotations, dynamic_yarn, llama3, longrope, proportional; each behind resonance_ with "
+    "whole wavelengths, resonance alone for default; and dca (Dual Chunk Attention), rerope, "
+    "self_extend, sinks (StreamingLLM). Options: "
+    "original (the trained length), attention_factor, beta_fast, beta_slow, mscale, "
+    "mscale_all_dim, truncate, low_freq_factor, high_freq_factor, partial_rotary_factor (of "
+    "proportional, 0 for no rotation), factors (a JSON file with longrope's short_factor and "
+    "long_factor); of dca chunk_size, local_size and temperature; of rerope, self_extend and sinks "
+    "window (distances below it are exact); of rerope stretch; of sinks sinks (how many); with any "
+    "kind logn (true, false or a length); with the others window and window_layers (the first so "
+    "many layers see so many tokens).",
 )
 REFUSE_NONFINITE = flags.DEFINE_bool(
     "refuse_nonfinite", False, "Refuse a checkpoint with NaN or infinite weights, not only warn."

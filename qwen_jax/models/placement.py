@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.nn import dual_chunk
+from qwen_jax.nn import dual_chunk, far
 from qwen_jax.nn.cache import Cache, write_slots
 from qwen_jax.nn.ring import zigzag
 from qwen_jax.nn.rope import logn_scale, rotation
-from qwen_jax.nn.tokens import DualChunk, Part, Parts, Tokens
+from qwen_jax.nn.tokens import DualChunk, Far, Part, Parts, Tokens
 from qwen_jax.sharding.axes import (
     CONTEXT,
     HIDDEN,
@@ -107,6 +107,10 @@ def place(
                 f"rope_type = {config.rope.kind.value} changes what is cached as the text grows, "
                 f"which a cache that is cut along {CONTEXT} does not follow; use another mesh"
             )
+        if config.far is not None and (is_cut(layout) or is_cut(layout, "slots")):
+            raise UserError(
+                f"far keys are not rotated along {CONTEXT}, which cuts the texts; use another mesh"
+            )
         call = _fill_up(layout, call, cache)
     if cache is None:
         ids, tokens = _place(config, layout, length, call)
@@ -168,10 +172,10 @@ def _tokens(
 ) -> Tokens:
     """Tokens at `positions`; `lengths` [B] are those of the rows with this call's tokens."""
 
-    def rotated(positions: jax.Array):
-        return rotation(config.rope, config.rotary_dim, positions, frequencies_for)
+    def rotated(positions: jax.Array, scaled: bool = True):
+        return rotation(config.rope, config.rotary_dim, positions, frequencies_for, scaled)
 
-    spec, dual = config.dual_chunk, None
+    spec, dual, distant = config.dual_chunk, None, None
     place = positions
     if spec is not None:
         place, successive, inter = dual_chunk.query_positions(spec, positions)
@@ -182,6 +186,15 @@ def _tokens(
             key_chunks=dual_chunk.chunks(spec, key_positions),
             scale=dual_chunk.length_scale(spec, lengths),
         )
+    if config.far is not None:
+        turn = key_groups = None
+        if config.far.sinks:
+            key_groups = (key_positions >= config.far.sinks).astype(jnp.int32)
+        else:
+            turn = far.key_places(config.far, key_positions) - key_positions
+            turn = rotated(turn, scaled=False)
+        queries = rotated(far.query_places(config.far, positions))
+        distant = Far(queries, turn, key_groups, config.far.window)
     return Tokens(
         slots=slots,
         real=real,
@@ -191,6 +204,7 @@ def _tokens(
         segments=segments,
         places=places,
         dual_chunk=dual,
+        far=distant,
         layout=layout,
     )
 

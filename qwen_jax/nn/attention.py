@@ -12,6 +12,7 @@ from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.nn.attend import Mask
 from qwen_jax.nn.cache import AttentionCache, key_value_axes, write_key_values, write_slots
 from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
+from qwen_jax.nn.far import far_attend
 from qwen_jax.nn.kernels.choose import Kernels, kernels_on
 from qwen_jax.nn.kernels.paged import PagedKeyValues, paged_attend, read_pages, write_pages
 from qwen_jax.nn.linear import Linear, as_rows
@@ -23,7 +24,7 @@ from qwen_jax.nn.ring import (
     write_own_slots,
     write_travelling_slots,
 )
-from qwen_jax.nn.rope import rotate
+from qwen_jax.nn.rope import Rotation, rotate
 from qwen_jax.nn.tokens import Parts, Tokens, over_parts
 from qwen_jax.sharding.axes import CONTEXT, TOKENS, is_cut, on_shards, repeat_heads
 
@@ -72,18 +73,21 @@ class Attention(nn.Module):
         config = self.config
         dual = tokens.dual_chunk if self.kind is LayerKind.FULL_ATTENTION else None
         k = rotate(k, tokens.rotation)
+        rotations, chunks, scale = (tokens.rotation,), None, None
         if dual is not None:
             k = k * dual.scale[:, None, None, None].astype(k.dtype)
-            rotations = (tokens.rotation, dual.successive, dual.inter)
-            queries = tuple(rotate(q, rotation) for rotation in rotations)
+            rotations += (dual.successive, dual.inter)
             chunks = (dual.query_chunks, dual.key_chunks)
             scale = jnp.broadcast_to(dual.scale[:, None] * config.head_dim**-0.5, q.shape[:2])
-        else:
-            q = rotate(q, tokens.rotation)
-            if tokens.query_scale is not None:
-                q = q * tokens.query_scale[..., None, None].astype(q.dtype)
-            queries, chunks, scale = (q,), None, None
         window = config.sliding_window if self.kind is LayerKind.SLIDING_ATTENTION else None
+        far = tokens.far if self.kind is LayerKind.FULL_ATTENTION else None
+        if far is not None:
+            rotations += (far.queries,)
+            window, far = far.window, (far.turn, far.key_groups)
+        queries = tuple(rotate(q, rotation) for rotation in rotations)
+        if tokens.query_scale is not None:
+            by = tokens.query_scale[..., None, None].astype(q.dtype)
+            queries = tuple(q * by for q in queries)
         layout = tokens.layout
         heads = (*TOKENS, "heads", None)
         caches = None if cache is None else key_value_axes(cache)
@@ -97,12 +101,23 @@ class Attention(nn.Module):
         attend_on_shards = on_shards(
             attention,
             layout,
-            (heads, heads, heads, TOKENS, keys, TOKENS, chunks and (TOKENS, keys), TOKENS, caches),
+            (
+                heads,
+                heads,
+                heads,
+                TOKENS,
+                keys,
+                TOKENS,
+                chunks and (TOKENS, keys),
+                far and (keys, keys),
+                TOKENS,
+                caches,
+            ),
             (heads, caches),
         )
         segments = tokens.segments
         return attend_on_shards(
-            queries, k, v, tokens.slots, tokens.key_valid, segments, chunks, scale, cache
+            queries, k, v, tokens.slots, tokens.key_valid, segments, chunks, far, scale, cache
         )
 
 
@@ -118,6 +133,7 @@ def _enter_and_attend(
     key_valid: jax.Array | None,
     segments: jax.Array | None,
     chunks: tuple[jax.Array, jax.Array] | None,
+    far: tuple[Rotation | None, jax.Array | None] | None,
     scale: jax.Array | None,
     cache: AttentionCache | None,
 ) -> tuple[jax.Array, AttentionCache | None]:
@@ -125,12 +141,13 @@ def _enter_and_attend(
 
     Args:
       kernels: what computes attention, with its promises.
-      window: of a sliding layer; None for no limit.
+      window: of a sliding layer, or that other keys are beyond; None for no limit.
       length_cut, slots_cut: whether these are a shard's part of the texts, and of the cache.
-      queries: rotated, [B, T, H, d]; three of them where there are chunks.
+      queries: rotated, [B, T, H, d]; three of them where there are chunks, two with far keys.
       k, v: [B, T, K, d].
       slots, key_valid, segments: as `Tokens` has them.
       chunks: of the queries and of the keys.
+      far: of the keys, as `far_attend` takes them.
       scale: float32 [B, T]; None for the default one.
       cache: with [B, S, K, d] of floats or int8; or pages, of which one token reads those filled.
     """
@@ -192,6 +209,8 @@ def _enter_and_attend(
             key_segments=segments,
             kernels=kernels,
         )
+    elif far is not None:
+        out = far_attend(queries, k, v, mask, *far, kernels)
     else:
         out, _ = kernels.attend(*queries, k, v, mask, scale, needs_lse=False)
     return out, cache

@@ -179,7 +179,8 @@ def _has_pages(
     config: ModelConfig, layout: Layout | None, batch: int, capacity: int, dtype: jnp.dtype
 ) -> bool:
     """Whether the kernel of a TPU reads the cache: over whole texts, with no groups of keys."""
-    if kernels_on(layout).platform != "tpu" or config.dual_chunk is not None:
+    in_branches = config.dual_chunk is not None or config.far is not None
+    if kernels_on(layout).platform != "tpu" or in_branches:
         return False
     if _shards(layout, "slots") > 1:
         return False

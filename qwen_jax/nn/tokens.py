@@ -30,6 +30,23 @@ class DualChunk:
 
 
 @flax.struct.dataclass
+class Far:
+    """Where the tokens of a call stand for keys beyond a window, as `nn.far` has it.
+
+    Attributes:
+      queries: rotation of queries for those keys.
+      turn: of keys [B, S], from their own positions on; None for nothing.
+      key_groups: int32 [B, S], 0 for keys that are seen there; None for all.
+      window: which keys are beyond it.
+    """
+
+    queries: Rotation
+    turn: Rotation | None
+    key_groups: jax.Array | None
+    window: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
 class Tokens:
     """Where the tokens of a call stand, the same for every layer.
 
@@ -45,6 +62,7 @@ class Tokens:
       rotation: of the call's tokens.
       query_scale: float32 [B, T], what queries are multiplied by; None for nothing.
       dual_chunk: in models with Dual Chunk Attention.
+      far: in models that see distant keys in another way.
       num_tokens: of the caller's, padding included; None for all here.
       layout: where the tokens lie on a mesh; None without one.
     """
@@ -57,6 +75,7 @@ class Tokens:
     segments: jax.Array | None = None
     places: jax.Array | None = None
     dual_chunk: DualChunk | None = None
+    far: Far | None = None
     num_tokens: int | None = flax.struct.field(pytree_node=False, default=None)
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 

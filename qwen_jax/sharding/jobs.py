@@ -208,6 +208,8 @@ def share_seen(job: Job) -> float:
     if job.mode == "decode":
         return 1
     blocks = -(-job.length // _ATTENTION_BLOCK)
-    # Dual Chunk Attention has three branches, which share them out.
-    branches = 1 if job.config.dual_chunk is None else len(RELATIONS)
+    # Branches share them out.
+    branches = 1 if job.config.far is None else 2
+    if job.config.dual_chunk is not None:
+        branches = len(RELATIONS)
     return (blocks + 1) / (2 * blocks) / branches

@@ -6,9 +6,9 @@ import pytest
 
 from configs.models import get_preset
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import with_rope_scaling
 from qwen_jax.inference import bulk
 from qwen_jax.inference.completion import Completion
+from qwen_jax.rope_scaling import with_rope_scaling
 
 CONFIG = get_preset("qwen3-0.6b")
 DYNAMIC = with_rope_scaling(CONFIG, {"rope_type": "dynamic", "factor": 2.0})

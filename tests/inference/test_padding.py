@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs.models import get_preset
-from qwen_jax.hf_config import with_rope_scaling
 from qwen_jax.inference.decoding import bucket
 from qwen_jax.inference.padding import padded_batches
+from qwen_jax.rope_scaling import with_rope_scaling
 
 CONFIG = get_preset("qwen3-0.6b")
 DYNAMIC = with_rope_scaling(CONFIG, {"rope_type": "dynamic", "factor": 2.0})

@@ -13,7 +13,6 @@ import pytest
 
 import qwen_jax
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import with_rope_scaling
 from qwen_jax.inference import speculation
 from qwen_jax.inference.decoding import TokenStream
 from qwen_jax.inference.drafting import DraftModel, MtpDraft, PromptLookup
@@ -22,6 +21,7 @@ from qwen_jax.inference.speculation import Counts, SpeculativeStream
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.cache import init_cache, open_cache, rewind_cache
 from qwen_jax.nn.delta_rule import DeltaState
+from qwen_jax.rope_scaling import with_rope_scaling
 from tests.inference.random_models import FAMILIES, disturbed, random_prompts, rows_of
 
 NEW = 24

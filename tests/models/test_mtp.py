@@ -22,9 +22,9 @@ import qwen_jax
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.writer import save_pretrained
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import with_rope_scaling
 from qwen_jax.models.heads import init_mtp_cache
 from qwen_jax.nn.cache import init_cache
+from qwen_jax.rope_scaling import with_rope_scaling
 from tests.models.passes import TOLERANCE, padding, random_ids
 from tests.reference import quiet, random_reference, reference_logits, save_reference
 from tests.renderings.mtp import MtpHead

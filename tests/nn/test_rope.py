@@ -13,6 +13,21 @@ from qwen_jax.hf_config import read_hf_config
 from qwen_jax.nn.rope import inverse_frequencies, rotate, rotation
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# The test draws the numbers of both lists.
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 40961,
+    "short_factor": [],
+    "long_factor": [],
+}
 
 
 def minimal_config(head_dim, scaling):
@@ -42,11 +57,22 @@ def minimal_config(head_dim, scaling):
         {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0},
         {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False},
         {**YARN, "original_max_position_embeddings": 64, "factor": 0.5},
+        LLAMA3,
+        {**LLAMA3, "low_freq_factor": 0.5, "high_freq_factor": 40.0},
+        LONGROPE,
+        {**LONGROPE, "attention_factor": 1.5},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.3},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.0},
+        {"rope_type": "proportional", "factor": 3.0},
     ],
     ids=lambda scaling: (scaling or {}).get("rope_type", "default"),
 )
 @pytest.mark.parametrize("length", [None, 40961, 200_000])
 def test_frequencies_equal_transformers(scaling, head_dim, length):
+    if scaling is not None and "short_factor" in scaling:
+        rng = np.random.default_rng(head_dim)
+        names = ("short_factor", "long_factor")
+        scaling = scaling | {name: rng.uniform(1, 9, head_dim // 2).tolist() for name in names}
     raw = minimal_config(head_dim, scaling)
     reference = Qwen3Config(**{k: v for k, v in raw.items() if k != "model_type"})
     if scaling is None:
@@ -76,6 +102,108 @@ def test_dynamic_is_plain_up_to_the_trained_length():
     for length in (1, 99, 100):
         np.testing.assert_allclose(inverse_frequencies(spec, 32, length), plain, rtol=5e-7)
     assert np.all(np.asarray(inverse_frequencies(spec, 32, 101))[1:] < plain[1:])
+
+
+def rope(head_dim=128, **scaling):
+    return read_hf_config(minimal_config(head_dim, scaling)).rope
+
+
+def wavelengths(spec, dim=128, length=None):
+    return 2 * np.pi / np.asarray(inverse_frequencies(spec, dim, length), np.float64)
+
+
+@pytest.mark.parametrize("factor", [2.0, 7.5])
+def test_ntk_leaves_the_fastest_pair_and_divides_the_slowest(factor):
+    ratio = wavelengths(rope(rope_type="ntk", factor=factor)) / wavelengths(RopeSpec(theta=1e6))
+    np.testing.assert_allclose(ratio[[0, -1]], [1, factor], rtol=1e-6)
+    # A geometric series between them.
+    np.testing.assert_allclose(np.diff(np.log(ratio)), np.log(factor) / 63, rtol=1e-3)
+
+
+def test_ntk_is_the_dynamic_kind_at_the_length_with_its_base():
+    """transformers' dynamic NTK with factor f has at n tokens the base of f n / L - (f - 1)."""
+    dynamic = rope(rope_type="dynamic", factor=2.0)
+    static = rope(rope_type="ntk", factor=2.0 * 100_000 / 40_960 - 1)
+    got = inverse_frequencies(dynamic, 128, 100_000)
+    np.testing.assert_allclose(got, inverse_frequencies(static, 128), rtol=1e-5)
+
+
+def test_ntk_by_parts_is_yarn_without_its_temperature():
+    options = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    by_parts, yarn = (rope(rope_type=name, **options) for name in ("ntk_by_parts", "yarn"))
+    np.testing.assert_array_equal(
+        inverse_frequencies(by_parts, 128), inverse_frequencies(yarn, 128)
+    )
+    assert by_parts.attention_factor == 1
+
+
+def test_the_paper_s_ramp_is_linear_in_rotations_and_that_of_llama3():
+    options = {"factor": 8.0, "original_max_position_embeddings": 8192}
+    ours = rope(rope_type="yarn_by_rotations", beta_slow=1.0, beta_fast=4.0, **options)
+    llama3 = rope(**LLAMA3)
+    np.testing.assert_array_equal(inverse_frequencies(ours, 128), inverse_frequencies(llama3, 128))
+    assert ours.attention_factor == pytest.approx(0.1 * np.log(8) + 1)
+    assert llama3.attention_factor == 1
+    # Section 3.2 of the paper: gamma of theta and 1 - gamma of theta / s.
+    plain = np.asarray(inverse_frequencies(RopeSpec(theta=1e6), 128), np.float64)
+    gamma = np.clip((8192 * plain / (2 * np.pi) - 1) / 3, 0, 1)
+    expected = (1 - gamma) * plain / 8 + gamma * plain
+    np.testing.assert_allclose(inverse_frequencies(ours, 128), expected, rtol=1e-6)
+    assert 0 < ((gamma > 0) & (gamma < 1)).sum() < 64
+
+
+@pytest.mark.parametrize("length", [1, 32_768, 32_769, 100_000])
+def test_dynamic_yarn_is_yarn_with_the_factor_that_the_length_needs(length):
+    original = {"original_max_position_embeddings": 32768}
+    dynamic = rope(rope_type="dynamic_yarn", **original)
+    factor = max(length / 32768, 1.0)
+    static = rope(rope_type="yarn", factor=factor, **original)
+    lengths = np.array([length, 5])
+    got = inverse_frequencies(dynamic, 128, lengths)
+    np.testing.assert_allclose(got[0], inverse_frequencies(static, 128), rtol=1e-6)
+    np.testing.assert_allclose(got[1], inverse_frequencies(RopeSpec(theta=1e6), 128), rtol=1e-6)
+    positions = np.array([[0, 7, 4000], [0, 7, 4000]])
+    by = rotation(dynamic, 128, positions, lengths)
+    wanted = rotation(static, 128, positions[:1])
+    np.testing.assert_allclose(by.cos[:1], wanted.cos, atol=2e-3)
+    np.testing.assert_allclose(by.cos[:, 0], np.ones((2, 64)) * by.cos[:, 0, :1], rtol=1e-6)
+    temperatures = [static.attention_factor, 1]
+    np.testing.assert_allclose(by.cos[:, 0, 0], temperatures, rtol=1e-6)
+    assert rotation(dynamic, 128, positions, length).cos[0, 0, 0] == by.cos[0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "ntk", "factor": 3.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        YARN,
+        {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_resonance_rounds_the_wavelengths_of_any_kind(scaling):
+    name = scaling["rope_type"].replace("default", "")
+    resonant = rope(**scaling | {"rope_type": f"resonance_{name}".removesuffix("_")})
+    turns = np.asarray(inverse_frequencies(rope(**scaling), 128, 50_000)) > 0
+    with np.errstate(divide="ignore"):
+        lengths, plain = (wavelengths(s, 128, 50_000) for s in (resonant, rope(**scaling)))
+    np.testing.assert_allclose(lengths[turns], np.round(plain[turns]), rtol=1e-6)
+    assert np.isinf(lengths[~turns]).all()
+    assert resonant.attention_factor == rope(**scaling).attention_factor
+    # So that what is a wavelength apart is rotated alike.
+    fastest = round(float(lengths[0]))
+    by = rotation(resonant, 128, np.array([[3, 3 + 1000 * fastest]]), 50_000)
+    np.testing.assert_allclose(by.cos[0, 0, 0], by.cos[0, 1, 0], atol=1e-3)
+
+
+def test_without_turning_pairs_positions_are_not_seen():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 3, 2, 16)).astype(np.float32)
+    spec = rope(16, rope_type="proportional", partial_rotary_factor=0.0)
+    turned = rotate(x, rotation(spec, 16, np.array([[0, 5, 70_000]])))
+    np.testing.assert_array_equal(turned, x)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():

@@ -10,6 +10,7 @@ import pytest
 
 import qwen_jax
 from qwen_jax.config import RopeKind
+from qwen_jax.hf_rope import ROPE_OPTIONS
 from tests.text.chat_templates import QWEN3
 from tests.tools.conftest import DEFAULTS, ROOT, refusal, start_tool
 
@@ -534,9 +535,25 @@ def test_help_lists_every_flag(run_tool):
     described = {part.partition(":")[0]: " ".join(part.split()) for part in parts}
     for name in ("[no]thinking", "thinking_budget"):
         assert "needs --chat" in described[name]
-    for word in (*RopeKind, "original", "attention_factor", "beta_fast", "truncate"):
-        # The stepped kind is read of a checkpoint, no flag can ask for it.
-        assert (word in described["rope"]) == (word != RopeKind.STEPPED_NTK)
+    options = {option for options in ROPE_OPTIONS.values() for option in options}
+    # Given behind the colon, as `original`, and in a file.
+    options -= {"factor", "original_max_position_embeddings"}
+    more = (
+        "none",
+        "dca",
+        "rerope",
+        "self_extend",
+        "sinks",
+        "stretch",
+        "resonance",
+        "original",
+        "factors",
+        "chunk_size",
+        "local_size",
+    )
+    more += ("temperature", "logn", "window", "window_layers")
+    for word in (*RopeKind, *ROPE_OPTIONS, *options, *more):
+        assert word in described["rope"]
 
 
 @pytest.mark.parametrize(
