@@ -124,7 +124,8 @@ def _parse(argv: list[str]) -> list[str]:
         for name in _flag_modules(argv[0]):
             # absl calls the program by its path.
             text = flags.FLAGS.module_help(name)
-            print(text.replace(f"{argv[0]}:", f"tools.{Path(argv[0]).stem}:", 1))
+            own = module.__spec__.name.removesuffix(".__main__")
+            print(text.replace(f"{argv[0]}:", f"{own}:", 1))
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)

@@ -24,11 +24,8 @@ import jax
 import tqdm
 from absl import flags
 
-from configs.models import get_preset, names_a_preset
-from qwen_jax.checkpoint.hub import resolve_source
-from qwen_jax.config import ModelConfig
+from configs.models import find_config
 from qwen_jax.errors import UserError
-from qwen_jax.hf_config import load_config
 from qwen_jax.sharding import aot
 from qwen_jax.sharding.axes import read_mesh
 from qwen_jax.sharding.chips import Topology, read_topology
@@ -71,7 +68,7 @@ def main() -> None:
         _check_writable(path)
     topology = read_topology(_TOPOLOGY.value)
     job = Job(
-        config=_config(),
+        config=find_config(_MODEL.value),
         topology=topology,
         mesh=tuple(_mesh(topology).items()),
         mode=_MODE.value,
@@ -103,12 +100,6 @@ def main() -> None:
     if _PICTURE.value is not None:
         bars = [(plan.mesh, plan.memory, plan.available) for plan in plans[:_ROWS] or [best]]
         draw_memory(bars, title, command_line.path(_PICTURE))
-
-
-def _config() -> ModelConfig:
-    if names_a_preset(_MODEL.value):
-        return get_preset(_MODEL.value)
-    return load_config(resolve_source(_MODEL.value, weights=False))
 
 
 def _mesh(topology: Topology) -> dict[str, int]:

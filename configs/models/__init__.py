@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from configs.models import qwen1, qwen1_5, qwen2, qwen2_5, qwen3, qwen3_5, qwen3_next
+from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.hf_config import load_config
 
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     {
@@ -47,3 +49,14 @@ def names_a_preset(model: str) -> bool:
         return not Path(model).exists()
     except OSError:  # Not a name that a file could have.
         return False
+
+
+def find_config(model: str) -> ModelConfig:
+    """Of what `--model` names where weights are not needed: a preset, a directory or a hub id.
+
+    Raises:
+      UserError: there is no such thing, or its config.json is not read.
+    """
+    if names_a_preset(model):
+        return get_preset(model)
+    return load_config(resolve_source(model, weights=False))

@@ -1,0 +1,1 @@
+"""Studies that train or run models and end in a report."""

@@ -1,0 +1,1 @@
+"""Reading beyond the trained length."""

@@ -1,0 +1,153 @@
+"""`python -m experiments.long_context` on a random checkpoint, and the report of known records."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.long_context.report import bootstrap_interval, effective_length, write_report
+from experiments.long_context.scalings import split_scalings
+from experiments.long_context.scoring import Score
+from qwen_jax.errors import UserError
+from tests.reference import random_reference, save_reference
+from tests.tools.conftest import ROOT, write_tokenizer
+
+ROPES = "none,yarn:2,original=128,dca,original=64"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    reference = random_reference("qwen3", num_hidden_layers=2, max_position_embeddings=128)
+    save_reference(reference, directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.long_context", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
+    arguments = (
+        f"--model={checkpoint}",
+        f"--workdir={tmp_path}",
+        "--tasks=passkey",
+        "--depths=3",
+        "--examples=1",
+    )
+    done = run(*arguments, "--lengths=300", f"--rope={ROPES}")
+    assert (done.returncode, done.stderr) == (0, "")
+    records = lines(tmp_path / "results.jsonl")
+    assert [r["rope"] for r in records[::3]] == ["none", "yarn:2,original=128", "dca,original=64"]
+    assert len(records) == 9 and len({r["digest"] for r in records}) == 3
+    assert len({r["nats"] for r in records}) == 9
+    report = (tmp_path / "report.md").read_text()
+    assert done.stdout == report + "\n"
+    for name in ("lengths.png", "heatmap_passkey.png"):
+        assert f"({name})" in report and (tmp_path / name).stat().st_size > 5000
+
+    # Cut in the middle of a line, as by a kill.
+    whole = (tmp_path / "results.jsonl").read_bytes()
+    (tmp_path / "results.jsonl").write_bytes(whole[: len(whole) * 2 // 3])
+    done = run(*arguments, "--lengths=300,350", f"--rope={ROPES}")
+    assert (done.returncode, done.stderr) == (0, "")
+    again = lines(tmp_path / "results.jsonl")
+    assert len(again) == 18
+    own = ("rope", "task", "length", "depth", "number", "nats", "digest")
+
+    def rows(records):
+        return {tuple(r[name] for name in own) for r in records if r["length"] == 300}
+
+    assert {row[:5] for row in rows(again)} == {row[:5] for row in rows(records)}
+    assert {row[6] for row in rows(again)} == {row[6] for row in rows(records)}
+
+    report = (tmp_path / "report.md").read_text()
+    for name in ("report.md", "lengths.png", "results.csv"):
+        (tmp_path / name).unlink()
+    done = run(f"--workdir={tmp_path}", "--report_only")
+    assert (done.returncode, done.stdout) == (0, report + "\n")
+    assert (tmp_path / "results.csv").read_text().count("\n") == 19
+
+    done = run(*arguments[:-1], "--examples=2", "--lengths=300")
+    assert done.returncode == 1
+    assert "the results there have examples = 1, not 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--model is needed"),
+        (["--report_only"], "has no results; run without --report_only"),
+        (["--model=M", "--rope=yarn"], "--rope=yarn: factor is missing"),
+        (["--model=M", "--rope=none,none"], "should be different scalings by commas"),
+        (["--model=M", "--tasks=mmlu"], "--tasks=mmlu is unknown"),
+        (["--model=M", "--lengths=4K"], "'4K' should be a number of tokens"),
+        (["--model=M", "--haystack=/nowhere"], "/nowhere: cannot be read as text"),
+        (["--model=./nowhere"], "nowhere"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(arguments, words, tmp_path):
+    done = run(f"--workdir={tmp_path / 'new'}", *arguments)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_belong_to_the_scaling_before_them():
+    assert split_scalings(ROPES) == ["none", "yarn:2,original=128", "dca,original=64"]
+    assert split_scalings("yarn:4,original=9,logn=true") == ["yarn:4,original=9,logn=true"]
+    with pytest.raises(UserError, match="different scalings"):
+        split_scalings("none,,dca")
+
+
+@pytest.mark.parametrize(
+    ("shares", "reached"),
+    [
+        ({1: 1.0, 2: 0.9, 4: 0.86, 8: 0.85, 16: 1.0}, 4),
+        ({1: 0.5, 2: 0.428, 4: 0.42}, 2),
+        ({1: 0.5, 2: 0.4}, 1),
+        ({1: 0.0, 2: 1.0}, None),
+    ],
+)
+def test_the_effective_length_ends_before_the_first_that_falls_short(shares, reached):
+    assert effective_length(shares) == reached
+
+
+def test_resampled_intervals_are_those_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    low, high = bootstrap_interval(values.tolist())
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=0.2 * error)
+    assert high == pytest.approx(values.mean() + error, abs=0.2 * error)
+
+
+def test_the_report_says_what_the_records_say(tmp_path):
+    scores = [
+        Score(rope, "vt", length, None, 0, i, length, i < right, share, nats, "d")
+        for rope, length, right, share, nats in (
+            ("none", 64, 4, 1.0, 0.5),
+            ("none", 128, 1, 0.5, 2.0),
+            ("yarn:2", 64, 3, 1.0, 0.75),
+            ("yarn:2", 128, 2, 0.875, 1.0),
+        )
+        for i in range(4)
+    ]
+    text = write_report(scores, "A title", tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["`none`", "64", "64"] in rows and ["`yarn:2`", "128", "128"] in rows
+    assert ["`none`", "100% (51% to 100%)", "25% (5% to 70%)"] in rows
+    assert ["`yarn:2`", "0.75 (0.75 to 0.75)", "1 (1 to 1)"] in rows
+    assert ["`none`", "100% (100% to 100%)", "50% (50% to 50%)"] in rows
+    assert "heatmap" not in text
