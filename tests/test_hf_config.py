@@ -31,10 +31,12 @@ def _no_length_warning():
         yield
 
 
-def draw_rope(rng: random.Random) -> dict | None:
-    """A rope dict without its base, or None, with every option in turn absent, null, 0 or set."""
-    known = ["default", "linear", "dynamic", "llama3", "longrope", "proportional"]
-    kind = rng.choice(["absent", *known, "yarn", "yarn", "yarn"])
+def draw_rope(rng: random.Random, more: tuple[str, ...] = ()) -> dict | None:
+    """A rope dict without its base, or None, with every option in turn absent, null, 0 or set.
+
+    The lists of a "longrope" among `more` kinds are left to the caller.
+    """
+    kind = rng.choice(["absent", "default", "linear", "dynamic", "yarn", "yarn", "yarn", *more])
     if kind == "absent":
         return None
     rope = {rng.choice(["rope_type", "type"]): kind}
@@ -115,7 +117,10 @@ def draw(seed: int) -> dict:
     if rng.random() < 0.4:
         raw["layer_types"] = draw_layer_types(rng, raw)
 
-    rope, theta = draw_rope(rng), rng.choice([None, 1e4, 1_000_000, 5e6])
+    rope, theta = (
+        draw_rope(rng, ("llama3", "longrope", "proportional")),
+        rng.choice([None, 1e4, 1_000_000, 5e6]),
+    )
     if rope and "longrope" in rope.values():
         head_dim = raw.get("head_dim") or (
             128 if family == "qwen3" else raw["hidden_size"] // heads

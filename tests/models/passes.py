@@ -53,14 +53,7 @@ def draw_scaling(rng, trained):
             "mscale_all_dim": float(rng.uniform(0.1, 2)),
             "truncate": bool(rng.integers(2)),
         },
-        "llama3": {
-            "rope_type": "llama3",
-            "factor": float(rng.uniform(1, 16)),
-            "original_max_position_embeddings": trained,
-            "low_freq_factor": float(rng.uniform(0.1, 2)),
-            "high_freq_factor": float(rng.uniform(2.5, 40)),
-        },
-    }[rng.choice(["default", "linear", "dynamic", "yarn", "llama3"], p=[0.2, 0.1, 0.2, 0.4, 0.1])]
+    }[rng.choice(["default", "linear", "dynamic", "yarn"], p=[0.3, 0.1, 0.2, 0.4])]
 
 
 def check_padded_logits(reference, model, params, mask, seed=0):
