@@ -11,6 +11,9 @@ os.environ.setdefault(
     "--xla_cpu_use_fusion_emitters=false",
 )
 
+# There are as many processes as cores: the threads of torch's products would only wait in turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import jax
