@@ -12,6 +12,7 @@ scalings, tasks or lengths adds to it. --report_only makes the report of what is
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -28,7 +29,12 @@ from experiments.long_context.report import write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.scoring import Score, draws, make_example, score
 from experiments.long_context.tasks import GROUPS, TASKS, find_tasks
-from experiments.long_context.text import TextRenderer, read_haystack, read_questions
+from experiments.long_context.text import (
+    TextRenderer,
+    project_text,
+    read_haystack,
+    read_questions,
+)
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES
@@ -93,11 +99,35 @@ _DTYPE = flags.DEFINE_enum(
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report of the results there.")
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
+# What each study reads besides --workdir and --lengths.
+_READS = {
+    "tasks": (
+        _MODEL,
+        _ROPE,
+        _TASKS,
+        _DEPTHS,
+        _EXAMPLES,
+        _SEEDS,
+        _HAYSTACK,
+        _QA,
+        _BATCH_SIZE,
+        _DTYPE,
+        _REPORT_ONLY,
+        mesh_flag.MESH,
+    ),
+    "base_bound": (_HEAD_DIMS, _PER_DECADE),
+    "frequencies": (_MODEL, _ROPE, _TRAINED),
+}
 
 
 def main() -> None:
     """Runs the study."""
     workdir = command_line.path(_WORKDIR)
+    own = {flag.name for flag in _READS[_STUDY.value]}
+    for study, read in _READS.items():
+        for flag in read:
+            if flag.present and flag.name not in own:
+                raise UserError(f"--{flag.name} is of --study={study}; leave it out")
     match _STUDY.value:
         case "tasks":
             _run_tasks(workdir)
@@ -153,13 +183,14 @@ def _run_tasks(workdir: Path) -> None:
     essay = None if _HAYSTACK.value is None else read_haystack(command_line.path(_HAYSTACK))
     directory = resolve_source(name)
     tokenizer = qwen_jax.load_tokenizer(directory)
+    essay = project_text() if essay is None else essay
     renderer = TextRenderer(tokenizer, essay)
     model, params = qwen_jax.load_pretrained(directory, _DTYPE.value, mesh_flag.MESH.value)
     models = {
         rope: model.clone(config=with_rope_scaling(model.config, scaling))
         for rope, scaling in scalings.items()
     }
-    _settle(workdir, essay)
+    _settle(workdir, _digest(essay), _digest(repr(questions)))
     done = {(s.rope, s.task, s.length, s.seed, s.number) for s in _read(workdir / _RESULTS)}
     depths = [float(depth) for depth in np.linspace(0, 1, _DEPTHS.value)]
     if _DEPTHS.value == 1:
@@ -194,14 +225,21 @@ def _length(text: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
-def _settle(workdir: Path, essay: str | None) -> None:
-    """Refuses a workdir of other texts or another model."""
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settle(workdir: Path, haystack: str, questions: str) -> None:
+    """Refuses a workdir of other texts or another model; filler and questions by their digests.
+
+    The package's own text is another with another version of it.
+    """
     wanted = {
         "model": _MODEL.value,
         "depths": _DEPTHS.value,
         "examples": _EXAMPLES.value,
-        "haystack": None if essay is None else _HAYSTACK.value,
-        "qa": _QA.value,
+        "haystack": haystack,
+        "questions": questions,
         "dtype": _DTYPE.value,
     }
     path = workdir / _SETTINGS

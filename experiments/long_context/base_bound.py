@@ -133,6 +133,8 @@ def write_study(
     for head_dim in head_dims:
         if head_dim % 2:
             raise UserError(f"--head_dims={head_dim} should be even")
+    # What cannot be written is found before the bases are tried.
+    workdir.mkdir(parents=True, exist_ok=True)
     bases = np.logspace(2, 9, 7 * per_decade + 1)
     lengths = sorted(lengths)
     found: dict[int, list[Bound]] = {}

@@ -157,20 +157,19 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 class TextRenderer:
     """Texts of a wanted number of tokens."""
 
-    def __init__(self, tokenizer: Tokenizes, essay: str | None = None):
+    def __init__(self, tokenizer: Tokenizes, essay: str):
         """Makes a renderer.
 
         Args:
           tokenizer: of the model.
-          essay: the filler of tasks that want prose; None for `project_text`.
+          essay: the filler of tasks that want prose, such as `project_text`.
         """
         self._tokenizer = tokenizer
         self._essay = essay
 
     @functools.cached_property
     def _essay_sentences(self) -> list[list[int]]:
-        text = project_text() if self._essay is None else self._essay
-        pieces = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+        pieces = re.split(r"(?<=[.!?])\s+", " ".join(self._essay.split()))
         return [ids for ids in (self._encode(f" {piece}") for piece in pieces if piece) if ids]
 
     @functools.cached_property

@@ -3,14 +3,12 @@
 import csv
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from experiments.long_context.base_bound import PUBLISHED, PUBLISHED_POWER, bounds, exponent, reach
 from qwen_jax.errors import UserError
-from tests.tools.conftest import ROOT
+from tests.experiments.conftest import run
 
 
 @pytest.mark.parametrize(("theta", "dim"), [(100.0, 8), (1e3, 64), (500.0, 128)])
@@ -42,17 +40,10 @@ def test_bases_are_the_paper_s_within_a_factor_of_two():
         exponent(found[:1])
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.long_context", "--study=base_bound", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_command_writes_figures_tables_and_a_picture(tmp_path):
-    done = run(f"--workdir={tmp_path}", "--lengths=256,1024", "--per_decade=4")
+    done = run(
+        "--study=base_bound", f"--workdir={tmp_path}", "--lengths=256,1024", "--per_decade=4"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "base_bound.md").read_text() == done.stdout
     assert (tmp_path / "base_bound.png").stat().st_size > 5000
@@ -74,7 +65,7 @@ def test_the_command_writes_figures_tables_and_a_picture(tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(arguments, words, tmp_path):
-    done = run(f"--workdir={tmp_path / 'new'}", *arguments)
+    done = run("--study=base_bound", f"--workdir={tmp_path / 'new'}", *arguments)
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()

@@ -2,15 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 
 from configs.models import get_preset
 from experiments.long_context.frequencies import scalings, some_of_each
 from qwen_jax.errors import UserError
-from tests.tools.conftest import ROOT
+from tests.experiments.conftest import run
 
 QWEN3 = get_preset("qwen3-0.6b")
 
@@ -56,17 +54,10 @@ def test_whole_heads_are_needed_to_compare_pairs():
         scalings(config, ["proportional"], 32768, 65536)
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.long_context", "--study=frequencies", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_command_writes_figures_tables_and_a_picture(tmp_path):
-    done = run("--model=qwen3-0.6b", "--trained=32768", f"--workdir={tmp_path}")
+    done = run(
+        "--study=frequencies", "--model=qwen3-0.6b", "--trained=32768", f"--workdir={tmp_path}"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "frequencies.md").read_text() == done.stdout
     assert (tmp_path / "frequencies.png").stat().st_size > 5000
@@ -79,13 +70,13 @@ def test_the_command_writes_figures_tables_and_a_picture(tmp_path):
 
 
 def test_help_and_bad_flags(tmp_path):
-    assert "experiments.long_context:" in run("--help").stdout
+    assert "experiments.long_context:" in run("--study=frequencies", "--help").stdout
     workdir = f"--workdir={tmp_path / 'new'}"
     for arguments, words in (
         (["--model=qwen3-0.6b", "--rope=yarn"], "--rope=yarn: factor is missing"),
         (["--model=qwen4"], "qwen4"),
     ):
-        done = run(*arguments, workdir)
+        done = run("--study=frequencies", *arguments, workdir)
         assert done.returncode == 1 and words in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()

@@ -1,8 +1,6 @@
 """`python -m experiments.long_context` on a random checkpoint, and the report of known records."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,9 @@ from experiments.long_context.report import bootstrap_interval, effective_length
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.scoring import Score
 from qwen_jax.errors import UserError
+from tests.experiments.conftest import run
 from tests.reference import random_reference, save_reference
-from tests.tools.conftest import ROOT, write_tokenizer
+from tests.tools.conftest import write_tokenizer
 
 ROPES = "none,yarn:2,original=128,dca,original=64"
 
@@ -24,15 +23,6 @@ def checkpoint(tmp_path_factory):
     save_reference(reference, directory)
     write_tokenizer(directory)
     return directory
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.long_context", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 def lines(path):
@@ -83,6 +73,10 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
     done = run(*arguments[:-1], "--examples=2", "--lengths=300")
     assert done.returncode == 1
     assert "the results there have examples = 1, not 2" in done.stderr
+    (tmp_path / "other.txt").write_text("Other text.")
+    done = run(*arguments, "--lengths=300", f"--haystack={tmp_path / 'other.txt'}")
+    assert done.returncode == 1
+    assert "the results there have haystack = " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -96,6 +90,8 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
         (["--model=M", "--lengths=4K"], "'4K' should be a number of tokens"),
         (["--model=M", "--haystack=/nowhere"], "/nowhere: cannot be read as text"),
         (["--model=./nowhere"], "nowhere"),
+        (["--model=M", "--trained=64"], "--trained is of --study=frequencies; leave it out"),
+        (["--study=base_bound", "--rope=dca"], "--rope is of --study=tasks; leave it out"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(arguments, words, tmp_path):
