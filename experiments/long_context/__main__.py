@@ -1,33 +1,36 @@
-"""Compares ways of reading beyond the trained length, on a checkpoint or without a model.
+"""Compares ways of reading beyond the trained length: on small models of its own, on a checkpoint.
 
+    python -m experiments.long_context --workdir=results --seeds=3
     python -m experiments.long_context --model=Qwen/Qwen3-0.6B --tasks=passkey,niah \\
         --lengths=4k,8k,16k --rope=none,yarn:4,original=32768,dca --workdir=results
     python -m experiments.long_context --study=base_bound --workdir=results
     python -m experiments.long_context --study=frequencies --model=qwen3-0.6b --trained=32768 \\
         --workdir=results
 
-Every scaling reads the same texts. WORKDIR has results.jsonl, a line for each text, results.csv,
+Without --model the study trains small Qwen3 models and compares all scalings on them. Every
+scaling reads the same texts. WORKDIR has results.jsonl, a line for each text, results.csv,
 report.md and the pictures of it; a run that was cut goes on where it was, and one with more
-scalings, tasks or lengths adds to it. --report_only makes the report of what is there.
+scalings, tasks or lengths adds to it. --report_only makes the report of what is there,
+--compare=OTHER tells what is different in another workdir.
 """
 
 import dataclasses
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tqdm
 from absl import flags
 
 import qwen_jax
 from configs.models import find_config
-from experiments.long_context import base_bound, frequencies
+from experiments.long_context import base_bound, frequencies, small_report, small_study
+from experiments.long_context.compare import write_comparison
+from experiments.long_context.measuring import Plan, measure, scaled_models
+from experiments.long_context.records import need_scores, read_settings, settle
 from experiments.long_context.report import write_report
 from experiments.long_context.scalings import split_scalings
-from experiments.long_context.scoring import Score, draws, make_example, score
+from experiments.long_context.small_model import SmallModel
 from experiments.long_context.tasks import GROUPS, TASKS, find_tasks
 from experiments.long_context.text import (
     TextRenderer,
@@ -39,27 +42,33 @@ from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES
 from qwen_jax.provenance import provenance
-from qwen_jax.rope_scaling import parse_rope_flag, with_rope_scaling
-from tools import command_line, jsonl_rows, mesh_flag
+from qwen_jax.rope_scaling import parse_rope_flag
+from tools import command_line, mesh_flag
 
 _STUDY = flags.DEFINE_enum(
     "study",
-    "tasks",
-    ["tasks", "base_bound", "frequencies"],
-    "Tasks on a checkpoint; the smallest base for a length; what scalings make of frequencies.",
+    None,
+    ["tasks", "small", "base_bound", "frequencies"],
+    "Tasks on a checkpoint, with --model the default; the same on small models that are trained "
+    "for it, without it the default; the smallest base for a length; what scalings make of "
+    "frequencies.",
 )
 _MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint directory or hub id; of frequencies also a preset's name."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go.", required=True)
 _TASKS = flags.DEFINE_list(
-    "tasks", ["passkey", "niah_single_2"], f"Of {', '.join((*GROUPS, *TASKS))}."
+    "tasks",
+    None,
+    f"Of {', '.join((*GROUPS, *TASKS))}. If not given passkey and niah_single_2, of small models "
+    "recall, niah_single_2 and loss.",
 )
 _LENGTHS = flags.DEFINE_list(
     "lengths",
     None,
-    "Of texts, in tokens; 4k is 4096. If not given 1k,2k,4k; of base_bound doubling up to 256k; of "
-    "frequencies, which takes one, four times --trained.",
+    "Of texts, in tokens; 4k is 4096. If not given 1k,2k,4k; of small models doubling from "
+    "--trained to 16 times that; of base_bound up to 256k; of frequencies, which takes one, four "
+    "times --trained.",
 )
 _ROPE = flags.DEFINE_string(
     "rope",
@@ -70,9 +79,23 @@ _ROPE = flags.DEFINE_string(
 _TRAINED = flags.DEFINE_integer(
     "trained",
     None,
-    "Of frequencies: the trained length, in tokens; the declared one if not given.",
+    "The trained length, in tokens: of small models, 128 if not given; of frequencies, the "
+    "declared one if not given.",
     lower_bound=16,
 )
+_BASE = flags.DEFINE_float(
+    "base",
+    None,
+    "Of small models: of RoPE; if not given the one that leaves as many of all pairs without a "
+    "turn as Qwen3's.",
+    lower_bound=2,
+)
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 32, "Of small models.", lower_bound=4)
+_LAYERS = flags.DEFINE_integer("layers", 2, "Of small models.", lower_bound=1)
+_QK_NORM = flags.DEFINE_bool(
+    "qk_norm", True, "Of small models: whether queries and keys are normed."
+)
+_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 900, "Of small models.", lower_bound=9)
 _HEAD_DIMS = flags.DEFINE_list(
     "head_dims", ["64", "128"], "Of base_bound: rotated channels of a head."
 )
@@ -82,8 +105,12 @@ _PER_DECADE = flags.DEFINE_integer(
 _DEPTHS = flags.DEFINE_integer(
     "depths", 5, "Places of the needle, from the beginning to the end.", lower_bound=1
 )
-_EXAMPLES = flags.DEFINE_integer("examples", 2, "Texts of each depth and seed.", lower_bound=1)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "How many sets of texts.", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "Texts of each depth and seed; 2, of small models 4.", lower_bound=1
+)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 1, "How many sets of texts; of small models also how many models.", lower_bound=1
+)
 _HAYSTACK = flags.DEFINE_string(
     "haystack", None, "A text file as filler; this package's docstrings if not given."
 )
@@ -93,12 +120,19 @@ _QA = flags.DEFINE_list(
     "JSONL files with question, answer and documents (or context) a line, for tasks qa_1, qa_2 ...",
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Texts that run together.", lower_bound=1)
+_JUDGE = flags.DEFINE_string(
+    "judge",
+    "none",
+    "Of task key_loss: the scaling with which the model tells which tokens need distant ones.",
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, DTYPES, "Of the parameters; float32 on CPU, else the checkpoint's."
 )
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report of the results there.")
+_COMPARE = flags.DEFINE_string(
+    "compare", None, "Another workdir: tell how the results of --workdir differ from its own."
+)
 
-_RESULTS, _SETTINGS = "results.jsonl", "settings.json"
 # What each study reads besides --workdir and --lengths.
 _READS = {
     "tasks": (
@@ -111,26 +145,55 @@ _READS = {
         _HAYSTACK,
         _QA,
         _BATCH_SIZE,
+        _JUDGE,
         _DTYPE,
         _REPORT_ONLY,
+        _COMPARE,
         mesh_flag.MESH,
+    ),
+    "small": (
+        _TASKS,
+        _DEPTHS,
+        _EXAMPLES,
+        _SEEDS,
+        _TRAINED,
+        _BASE,
+        _HEAD_DIM,
+        _LAYERS,
+        _QK_NORM,
+        _TRAIN_STEPS,
+        _REPORT_ONLY,
+        _COMPARE,
     ),
     "base_bound": (_HEAD_DIMS, _PER_DECADE),
     "frequencies": (_MODEL, _ROPE, _TRAINED),
 }
+_SMALL_TASKS = ("recall", "niah_single_2", "loss")
+# What a small model is, in the settings of a workdir.
+_SMALL = "small"
 
 
 def main() -> None:
     """Runs the study."""
     workdir = command_line.path(_WORKDIR)
-    own = {flag.name for flag in _READS[_STUDY.value]}
-    for study, read in _READS.items():
-        for flag in read:
-            if flag.present and flag.name not in own:
-                raise UserError(f"--{flag.name} is of --study={study}; leave it out")
-    match _STUDY.value:
+    study = _STUDY.value or _default_study(workdir)
+    for flag in {flag.name: flag for read in _READS.values() for flag in read}.values():
+        names = [name for name, read in _READS.items() if flag.name in [own.name for own in read]]
+        if flag.present and study not in names:
+            raise UserError(f"--{flag.name} is of --study={' or '.join(names)}; leave it out")
+    if study in ("tasks", "small") and (_COMPARE.value or _REPORT_ONLY.value):
+        scores = need_scores(workdir)
+        if _COMPARE.value is None:
+            print(_report(workdir))
+        else:
+            there = command_line.path(_COMPARE)
+            print(write_comparison(scores, need_scores(there), str(there), workdir))
+        return
+    match study:
         case "tasks":
             _run_tasks(workdir)
+        case "small":
+            _run_small(workdir)
         case "base_bound":
             lengths = _lengths([1024 << i for i in range(9)])
             head_dims = command_line.numbers(_HEAD_DIMS)
@@ -138,6 +201,13 @@ def main() -> None:
             print(base_bound.write_study(*made))
         case "frequencies":
             print(frequencies.write_study(workdir, _scalings(), _origin("float32")))
+
+
+def _default_study(workdir: Path) -> str:
+    """What is there, where nothing is to be measured; else by whether there is a model."""
+    if _COMPARE.value or _REPORT_ONLY.value:
+        return "small" if _SMALL in read_settings(workdir) else "tasks"
+    return "small" if _MODEL.value is None else "tasks"
 
 
 def _scalings() -> list[frequencies.Scaling]:
@@ -166,56 +236,92 @@ def _lengths(default: list[int]) -> list[int]:
     return default if _LENGTHS.value is None else [_length(text) for text in _LENGTHS.value]
 
 
+def _tasks(default: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """The tasks, and the digest of their questions."""
+    questions = [read_questions(Path(text).expanduser()) for text in _QA.value]
+    return find_tasks(_TASKS.value or default, questions), _digest(repr(questions))
+
+
 def _run_tasks(workdir: Path) -> None:
     """Measures what is missing and writes the report."""
-    if _REPORT_ONLY.value:
-        scores = _read(workdir / _RESULTS)
-        if not scores:
-            raise UserError(f"{workdir / _RESULTS}: has no results; run without --report_only")
-        print(write_report(scores, _title(workdir), workdir))
-        return
     name = _model()
     ropes = split_scalings(_ROPE.value or "none")
-    scalings = {rope: parse_rope_flag(rope) for rope in ropes}
-    questions = [read_questions(Path(text).expanduser()) for text in _QA.value]
-    tasks = find_tasks(_TASKS.value, questions)
+    for rope in ropes:
+        parse_rope_flag(rope)
+    parse_rope_flag(_JUDGE.value)
+    tasks, questions = _tasks(("passkey", "niah_single_2"))
     lengths = _lengths([1024, 2048, 4096])
     essay = None if _HAYSTACK.value is None else read_haystack(command_line.path(_HAYSTACK))
     directory = resolve_source(name)
     tokenizer = qwen_jax.load_tokenizer(directory)
     essay = project_text() if essay is None else essay
-    renderer = TextRenderer(tokenizer, essay)
     model, params = qwen_jax.load_pretrained(directory, _DTYPE.value, mesh_flag.MESH.value)
-    models = {
-        rope: model.clone(config=with_rope_scaling(model.config, scaling))
-        for rope, scaling in scalings.items()
-    }
-    _settle(workdir, _digest(essay), _digest(repr(questions)))
-    done = {(s.rope, s.task, s.length, s.seed, s.number) for s in _read(workdir / _RESULTS)}
-    depths = [float(depth) for depth in np.linspace(0, 1, _DEPTHS.value)]
-    if _DEPTHS.value == 1:
-        depths = [0.5]
-    units = [(task, length) for length in sorted(lengths) for task in tasks]
-    origin = _origin(params["embed_tokens"]["weight"].dtype.name)
-    bar = tqdm.tqdm(total=len(units) * len(ropes), desc="tasks x lengths x scalings", disable=None)
-    for task, length in units:
-        wanted = draws(task, length, depths, _SEEDS.value, _EXAMPLES.value)
-        texts = [(draw, make_example(renderer, tasks[task], draw)) for draw in wanted]
-        for rope, scaled in models.items():
-            bar.set_postfix_str(f"{task} {length} {rope}")
-            left = [
-                pair
-                for pair in texts
-                if (rope, task, length, pair[0].seed, pair[0].number) not in done
-            ]
-            if left:
-                found = list(score(scaled, params, rope, left, _BATCH_SIZE.value))
-                with (workdir / _RESULTS).open("a", encoding="utf-8") as file:
-                    for own in found:
-                        file.write(json.dumps({**dataclasses.asdict(own), **origin}) + "\n")
-            bar.update()
-    bar.close()
-    print(write_report(_read(workdir / _RESULTS), _title(workdir), workdir))
+    models = scaled_models(model, ropes)
+    (judge,) = scaled_models(model, [_JUDGE.value]).values()
+    examples = _EXAMPLES.value or 2
+    settle(
+        workdir,
+        {
+            "model": name,
+            "depths": _DEPTHS.value,
+            "examples": examples,
+            # The package's own text is another with another version of it.
+            "haystack": _digest(essay),
+            "questions": questions,
+            "judge": _JUDGE.value,
+            "dtype": _DTYPE.value,
+        },
+    )
+    measure(
+        workdir,
+        models,
+        params,
+        TextRenderer(tokenizer, essay),
+        Plan(tasks, lengths, range(_SEEDS.value), _DEPTHS.value, examples),
+        lambda length: _BATCH_SIZE.value,
+        _origin(params["embed_tokens"]["weight"].dtype.name),
+        judge,
+    )
+    print(_report(workdir))
+
+
+def _run_small(workdir: Path) -> None:
+    """Trains and measures what is missing and writes the report."""
+    model = SmallModel(
+        _TRAINED.value or 128,
+        _BASE.value,
+        _HEAD_DIM.value,
+        _LAYERS.value,
+        _QK_NORM.value,
+        _TRAIN_STEPS.value,
+    )
+    tasks, _ = _tasks(_SMALL_TASKS)
+    lengths = _lengths([model.trained << i for i in range(5)])
+    examples = _EXAMPLES.value or 4
+    small_study.check(tasks, lengths)
+    settle(
+        workdir,
+        {_SMALL: dataclasses.asdict(model), "depths": _DEPTHS.value, "examples": examples},
+    )
+    small_study.run(
+        workdir,
+        model,
+        _SEEDS.value,
+        tasks,
+        lengths,
+        _DEPTHS.value,
+        examples,
+        _origin("float32"),
+    )
+    print(_report(workdir))
+
+
+def _report(workdir: Path) -> str:
+    """Writes and returns the report of what is there."""
+    scores, settings = need_scores(workdir), read_settings(workdir)
+    if _SMALL in settings:
+        return small_report.write_small_report(workdir, SmallModel(**settings[_SMALL]), scores)
+    return write_report(scores, f"Long contexts of {settings.get('model', 'a model')}", workdir)
 
 
 def _length(text: str) -> int:
@@ -227,55 +333,6 @@ def _length(text: str) -> int:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _settle(workdir: Path, haystack: str, questions: str) -> None:
-    """Refuses a workdir of other texts or another model; filler and questions by their digests.
-
-    The package's own text is another with another version of it.
-    """
-    wanted = {
-        "model": _MODEL.value,
-        "depths": _DEPTHS.value,
-        "examples": _EXAMPLES.value,
-        "haystack": haystack,
-        "questions": questions,
-        "dtype": _DTYPE.value,
-    }
-    path = workdir / _SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in wanted.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{path}: the results there have {name} = {before.get(name)}, not {value}; set "
-                    "it back or give another --workdir"
-                )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-
-
-def _title(workdir: Path) -> str:
-    path = workdir / _SETTINGS
-    model = json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else "a model"
-    return f"Long contexts of {model}"
-
-
-def _read(path: Path) -> list[Score]:
-    """Results that are there; the line that a kill cut is left out of the file as well."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-        if not text:
-            return []
-    names = [field.name for field in dataclasses.fields(Score)]
-    return [
-        Score(**{name: fields[name] for name in names}) for _, fields in jsonl_rows.read_rows(path)
-    ]
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """What a study found, as tables and pictures made from its records alone."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from experiments.long_context.files import replace, save, write_records
+from experiments.long_context.intervals import bootstrap_interval
 from experiments.long_context.scoring import Score
+from experiments.long_context.tasks import LOSSES
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.evaluation.figures import wilson_interval
 
 # A length counts as read while the share of right answers is at least this part of that at the
 # shortest length, as RULER's 85.6% is of a model at its trained length.
 EFFECTIVE = 0.856
-_RESAMPLES = 1000
 
 
 def effective_length(shares: dict[int, float]) -> int | None:
@@ -35,45 +37,81 @@ def effective_length(shares: dict[int, float]) -> int | None:
     return reached
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean of `values`, by resampling them."""
-    array = np.asarray(values, np.float64)
-    picks = np.random.default_rng(seed).integers(len(array), size=(_RESAMPLES, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def write_report(scores: Sequence[Score], title: str, workdir: Path) -> str:
-    """Writes report.md, results.csv and the pictures, and returns the report.
+def write_report(
+    scores: Sequence[Score], title: str, workdir: Path, before: Sequence[str] = ()
+) -> str:
+    """Writes report.md, results.csv, places.csv and the pictures, and returns the report.
 
     Args:
       scores: of all scalings, tasks and lengths.
       title: of the report.
       workdir: where they go.
+      before: lines in front of its tables.
     """
-    lines = [f"# {title}", ""]
-    lines += [_effective_table(scores), ""]
-    lines += [
-        f"A length is reached while right answers are at least {EFFECTIVE:.1%} of those at the "
-        "shortest one. Intervals hold 95%: Wilson's of shares, resampled ones of nats.",
-        "",
-    ]
+    lines = [f"# {title}", "", *before]
+    asked = [s for s in scores if s.task not in LOSSES]
+    if asked:
+        draw_effective(asked, workdir / "effective.png")
+        draw_lengths(asked, workdir / "lengths.png")
+        lines += [
+            "## All tasks",
+            "",
+            _effective_table(asked),
+            "",
+            f"A length is reached while right answers are at least {EFFECTIVE:.1%} of those at the "
+            "shortest one. Intervals hold 95%: Wilson's of shares, resampled ones of nats.",
+            "",
+            "![longest length that is reached](effective.png)",
+            "![right answers and nats by length, mean of all tasks](lengths.png)",
+            "",
+        ]
     for task in _names(scores, "task"):
         own = [s for s in scores if s.task == task]
-        lines += [f"## {task}", "", "Share of right texts:", "", _table(own, _right_cell), ""]
-        if any(s.share not in (0, 1) for s in own):
-            lines += ["Share of right answers:", "", _table(own, _share_cell), ""]
-        lines += ["Nats a token of the answers:", "", _table(own, _nats_cell), ""]
-        if len({s.depth for s in own}) > 1:
-            picture = f"heatmap_{task}.png"
-            draw_heatmaps(own, workdir / picture)
-            lines += [f"![right texts by length and depth]({picture})", ""]
-    draw_lengths(scores, workdir / "lengths.png")
-    lines += ["![right texts and nats by length, mean of all tasks](lengths.png)", ""]
+        lines += [f"## {task}", ""]
+        lines += _loss_lines(own, task, workdir) if task in LOSSES else _asked_lines(own, workdir)
     text = "\n".join(lines)
     replace(workdir / "report.md", text)
-    write_records(workdir / "results", [dataclasses.asdict(s) for s in scores], origin=None)
+    write_records(workdir / "results", [_row(s) for s in scores], origin=None)
+    write_records(workdir / "places", _places(scores), origin=None)
     return text
+
+
+def _row(score: Score) -> dict[str, object]:
+    row = dataclasses.asdict(score)
+    del row["by_place"]
+    return row
+
+
+def _places(scores: Sequence[Score]) -> list[dict[str, object]]:
+    """Of every answer its place and nats."""
+    fields = ("rope", "task", "length", "seed", "number")
+    return [
+        {**{name: getattr(s, name) for name in fields}, "place": place, "nats": nats}
+        for s in scores
+        for place, nats in s.by_place
+    ]
+
+
+def _asked_lines(own: list[Score], workdir: Path) -> list[str]:
+    lines = ["Share of right texts:", "", _table(own, _right_cell), ""]
+    if any(s.share not in (0, 1) for s in own):
+        lines += ["Share of right answers:", "", _table(own, _share_cell), ""]
+    lines += ["Nats a token of the answers:", "", _table(own, _nats_cell), ""]
+    if len({s.depth for s in own}) > 1:
+        picture = f"heatmap_{own[0].task}.png"
+        what = draw_heatmaps(own, workdir / picture)
+        lines += [f"![{what} by length and depth]({picture})", ""]
+    return lines
+
+
+def _loss_lines(own: list[Score], task: str, workdir: Path) -> list[str]:
+    lines = ["Nats a token:", "", _table(own, _nats_cell), ""]
+    lines += ["Perplexity:", "", _table(own, _perplexity_cell), ""]
+    if any(len(s.by_place) > 1 for s in own):
+        picture = f"positions_{task}.png"
+        draw_positions(own, workdir / picture)
+        lines += [f"![nats by position in the text]({picture})", ""]
+    return lines
 
 
 def _names(scores: Iterable[Score], field: str) -> list:
@@ -109,6 +147,12 @@ def _nats_cell(scores: list[Score]) -> str:
     return f"{np.mean([s.nats for s in scores]):.3g} ({low:.3g} to {high:.3g})"
 
 
+def _perplexity_cell(scores: list[Score]) -> str:
+    nats = [s.nats for s in scores]
+    low, high = bootstrap_interval(nats)
+    return f"{np.exp(np.mean(nats)):.4g} ({np.exp(low):.4g} to {np.exp(high):.4g})"
+
+
 def _means(scores: Sequence[Score], field: str) -> dict[int, float]:
     """Length -> the mean over its tasks of the mean of each."""
     found = {}
@@ -120,33 +164,63 @@ def _means(scores: Sequence[Score], field: str) -> dict[int, float]:
 
 
 def _effective_table(scores: Sequence[Score]) -> str:
-    tasks, rows = _names(scores, "task"), []
-    for rope in _names(scores, "rope"):
-        reached = [
-            effective_length(_means(own, "share")) if own else None
-            for own in (
-                _at(scores, rope=rope),
-                *(_at(scores, rope=rope, task=task) for task in tasks),
-            )
-        ]
-        rows.append([f"`{rope}`", *("-" if r is None else f"{r:,}" for r in reached)])
+    tasks = _names(scores, "task")
+    columns = [_reached(scores), *(_reached(_at(scores, task=task)) for task in tasks)]
+    rows = [
+        [f"`{rope}`", *(f"{column[rope]:,}" if column.get(rope) else "-" for column in columns)]
+        for rope in columns[0]
+    ]
     return markdown(["effective length", "all tasks", *tasks], rows)
 
 
-def draw_lengths(scores: Sequence[Score], path: Path) -> None:
-    """Right texts and nats by length, a line for each scaling, the mean of all tasks."""
+def _reached(scores: Sequence[Score]) -> dict[str, int | None]:
+    """Scaling -> the length that it reaches, over all tasks."""
+    return {
+        rope: effective_length(_means(_at(scores, rope=rope), "share"))
+        for rope in _names(scores, "rope")
+    }
+
+
+def draw_effective(scores: Sequence[Score], path: Path) -> None:
+    """A bar for each scaling: the length that it reaches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    reached = _reached(scores)
+    figure = Figure(figsize=(8, 1 + 0.24 * len(reached)), layout="constrained")
+    axes = figure.subplots()
+    lengths = sorted({s.length for s in scores})
+    least = lengths[0] / 2
+    axes.barh(
+        list(reached), [(r or least) - least for r in reached.values()], left=least, color="C0"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(least, lengths[-1] * 1.1)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel=f"longest length with {EFFECTIVE:.1%} of the right answers of {lengths[0]:,}")
+    axes.grid(True, axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def _style(i: int) -> dict[str, str]:
+    """Of the i-th of many lines."""
+    return {"linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}"}
+
+
+def draw_lengths(scores: Sequence[Score], path: Path) -> None:
+    """Right answers and nats by length, a line for each scaling, the mean of all tasks."""
+    from matplotlib.figure import Figure
+
+    ropes = _names(scores, "rope")
+    figure = Figure(figsize=(12, max(4.2, 0.18 * len(ropes))), layout="constrained")
     panels = figure.subplots(1, 2)
-    for i, rope in enumerate(_names(scores, "rope")):
-        for axes, field in zip(panels, ("right", "nats"), strict=True):
+    for i, rope in enumerate(ropes):
+        for axes, field in zip(panels, ("share", "nats"), strict=True):
             means = _means(_at(scores, rope=rope), field)
-            style = ("-", "--", ":")[i // 10 % 3]
-            axes.plot(
-                means.keys(), means.values(), style, color=f"C{i % 10}", marker="o", label=rope
-            )
-    panels[0].set(ylabel="right texts", ylim=(-0.03, 1.03))
+            axes.plot(means.keys(), means.values(), marker="o", label=rope, **_style(i))
+    panels[0].set(ylabel="right answers", ylim=(-0.03, 1.03))
     panels[1].set(ylabel="nats a token of the answers")
     for axes in panels:
         axes.set_xscale("log", base=2)
@@ -156,31 +230,63 @@ def draw_lengths(scores: Sequence[Score], path: Path) -> None:
     save(figure, path)
 
 
-def draw_heatmaps(scores: Sequence[Score], path: Path) -> None:
-    """Right texts by depth and length of one task, a panel for each scaling."""
+def draw_positions(scores: Sequence[Score], path: Path) -> None:
+    """Nats by position in the longest texts, a line for each scaling."""
     from matplotlib.figure import Figure
 
+    longest = max(s.length for s in scores)
+    ropes = [r for r in _names(scores, "rope") if _at(scores, rope=r, length=longest)]
+    figure = Figure(figsize=(10, max(4.2, 0.18 * len(ropes))), layout="constrained")
+    axes = figure.subplots()
+    for i, rope in enumerate(ropes):
+        by_place: dict[float, list[float]] = {}
+        for s in _at(scores, rope=rope, length=longest):
+            for place, nats in s.by_place:
+                by_place.setdefault(place, []).append(nats)
+        at = [place * longest for place in by_place]
+        axes.plot(at, [np.mean(own) for own in by_place.values()], label=rope, **_style(i))
+    axes.set(xlabel=f"position in texts of {longest:,} tokens", ylabel="nats a token")
+    axes.grid(True, alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=7)
+    save(figure, path)
+
+
+def draw_heatmaps(scores: Sequence[Score], path: Path) -> str:
+    """Right texts by depth and length of one task, a panel for each scaling.
+
+    Where no text is right, nats a token in their place.
+
+    Returns:
+      Which of the two.
+    """
+    from matplotlib.figure import Figure
+
+    some_right = any(s.right for s in scores)
+    field, what = ("right", "right texts") if some_right else ("nats", "nats a token")
+    most = 1.0 if some_right else float(np.quantile([s.nats for s in scores], 0.95))
     ropes = _names(scores, "rope")
     lengths, depths = sorted({s.length for s in scores}), sorted({s.depth for s in scores})
-    columns = min(4, len(ropes))
+    columns = min(6 if len(ropes) > 12 else 4, len(ropes))
     rows = -(-len(ropes) // columns)
-    figure = Figure(figsize=(1 + 2.6 * columns, 0.6 + 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(1 + 2.6 * columns, 0.6 + 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in panels.flat[len(ropes) :]:
         axes.set_visible(False)
     for rope, axes in zip(ropes, panels.flat, strict=False):
         shares = [
             [
-                np.mean([s.right for s in own]) if own else np.nan
+                np.mean([getattr(s, field) for s in own]) if own else np.nan
                 for own in (_at(scores, rope=rope, length=n, depth=depth) for n in lengths)
             ]
             for depth in depths
         ]
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_title(rope, fontsize=8)
+        colours = "RdYlGn" if some_right else "RdYlGn_r"
+        image = axes.imshow(shares, vmin=0, vmax=most, cmap=colours, aspect="auto")
+        axes.set_title("\n".join(textwrap.wrap(rope, 34)), fontsize=7)
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=7)
         axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
     figure.supxlabel("tokens", fontsize=9)
     figure.supylabel("depth of the needle", fontsize=9)
-    figure.colorbar(image, ax=panels, label="right texts")
+    figure.colorbar(image, ax=panels, label=what)
     save(figure, path)
+    return what

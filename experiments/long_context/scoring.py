@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.long_context.tasks import WITH_DEPTH, Task
-from experiments.long_context.text import Example, TextRenderer
+from experiments.long_context.tasks import WITH_DEPTH, Example, Renderer, Task
 from qwen_jax.inference.likelihood import token_likelihoods
 from qwen_jax.models.decoder import Decoder
 
@@ -34,6 +33,7 @@ class Score:
       share: of the answers that are, each after the right ones before it.
       nats: negative log-likelihood of a token of the answers, their mean.
       digest: of the text's tokens, the same for every scaling.
+      by_place: of each answer where it begins, as a share of the text, and its own nats a token.
     """
 
     rope: str
@@ -47,6 +47,7 @@ class Score:
     share: float
     nats: float
     digest: str
+    by_place: tuple[tuple[float, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +61,29 @@ class Draw:
     number: int
 
 
-def draws(task: str, length: int, depths: Sequence[float], seeds: int, count: int) -> list[Draw]:
+def draws(
+    task: str, length: int, depths: Sequence[float], seeds: Sequence[int], count: int
+) -> list[Draw]:
     """All texts of a task and a length.
 
     Args:
       task: its name.
       length: in tokens.
       depths: of the needle, where the task has one that can be put there.
-      seeds: how many.
+      seeds: which.
       count: texts of each depth and seed; of a task without depths, for each of `depths` as well,
         so that all tasks have as many.
     """
     with_depth = task in WITH_DEPTH
     return [
         Draw(task, length, depth if with_depth else None, seed, i * count + j)
-        for seed in range(seeds)
+        for seed in seeds
         for i, depth in enumerate(depths)
         for j in range(count)
     ]
 
 
-def make_example(renderer: TextRenderer, task: Task, draw: Draw) -> Example:
+def make_example(renderer: Renderer, task: Task, draw: Draw) -> Example:
     """The text of a draw; it depends on nothing else but the task, the tokenizer and the filler."""
     name = f"{draw.task} {draw.length} {draw.seed} {draw.number}"
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
@@ -118,16 +121,22 @@ def score(
             batch_size,
         )
     for (draw, example), likelihood in zip(texts, found, strict=True):
-        own = [
-            likelihood.greedy[begin - example.start : end - example.start].all()
-            for begin, end in example.answers
+        answers = [
+            slice(begin - example.start, end - example.start) for begin, end in example.answers
         ]
+        rights = [bool(likelihood.greedy[answer].all()) for answer in answers]
+        nats = -likelihood.log_probs
+        length = len(example.ids)
         yield Score(
             rope,
             **dataclasses.asdict(draw),
-            tokens=len(example.ids),
-            right=bool(likelihood.greedy.all()),
-            share=float(np.mean(own)),
-            nats=float(-likelihood.log_probs.mean()),
+            tokens=length,
+            right=all(rights),
+            share=float(np.mean(rights)),
+            nats=float(np.concatenate([nats[answer] for answer in answers]).mean()),
             digest=hashlib.sha256(np.array(example.ids, np.int32).tobytes()).hexdigest()[:16],
+            by_place=tuple(
+                (round(begin / length, 4), round(float(nats[answer].mean()), 5))
+                for (begin, _), answer in zip(example.answers, answers, strict=True)
+            ),
         )

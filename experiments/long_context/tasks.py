@@ -1,15 +1,18 @@
 """Tasks on long texts: facts among filler, a question, and the answers to it.
 
-A task knows neither words nor token ids. It draws a `Content`, of which a renderer makes a text of
-the wanted length: `text.TextRenderer` for any tokenizer. The names and settings of RULER's tasks
-(arXiv 2404.06654) are those of its published configuration; `RULER` tables what is set.
+A task knows neither words nor token ids. It draws a `Content`, of which a renderer makes an
+`Example` of the wanted length: `text.TextRenderer` for any tokenizer, `tokens.TokenRenderer` for a
+vocabulary without words. The names and settings of RULER's tasks (arXiv 2404.06654) are those of
+its published configuration.
 """
 
 import dataclasses
 import enum
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -41,8 +44,9 @@ class Sentence:
     """Something said of terms.
 
     Attributes:
-      form: "pass_key" of a value, "fact" of a key and its value, "assign" of a variable and what it
-        is set to, or "list" of words one after another.
+      form: "pass_key" of a value, "fact" of a key and its value, "ask" of the same, where the value
+        is an answer, "assign" of a variable and what it is set to, or "list" of words one after
+        another.
       terms: that it is of.
     """
 
@@ -61,9 +65,10 @@ class Needle:
 @dataclasses.dataclass(frozen=True)
 class Content:
     """Attributes:
-    needles: in any order.
+    needles: in any order; of those at one depth the first stands first.
     haystack: of what the filler is: "noise", "essay", or "needles", sentences like the needles.
-    question: "pass_key", "fact", "assign", "common", "coded" or "document".
+    question: "pass_key", "fact", "assign", "common", "coded" or "document"; "asked" where needles
+      ask, and "none" where filler is all there is.
     asked: the terms that the question names.
     answers: in the order that the question asks for, that of the text.
     body: sentences that make up the whole text, in place of needles among filler; None else.
@@ -71,6 +76,8 @@ class Content:
       of which a text has as much as fits.
     num_needed: how many of the documents the answer is in.
     asked_text, answer_text: of documents, the question and its answer.
+    spans: of filler that is all there is, by its length what is scored of it, where each part
+      begins and ends.
     """
 
     needles: tuple[Needle, ...]
@@ -83,6 +90,42 @@ class Content:
     num_needed: int = 0
     asked_text: str = ""
     answer_text: str = ""
+    spans: Callable[[int], tuple[tuple[int, int], ...]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A text and what of it is scored.
+
+    Attributes:
+      ids: tokens of the whole.
+      answers: where each answer begins and ends among them, in their order.
+      drawn: the same of what nothing before it could predict, as far as a renderer tells.
+    """
+
+    ids: list[int]
+    answers: tuple[tuple[int, int], ...]
+    drawn: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def start(self) -> int:
+        """The first token that is to be predicted."""
+        return self.answers[0][0]
+
+
+# Where it belongs, its tokens, and how many at their end are an answer.
+Piece = tuple[float, list[int], int]
+
+
+class Renderer(Protocol):
+    """Makes texts of contents."""
+
+    def render(self, content: Content, length: int, rng: np.random.Generator) -> Example:
+        """A text as near to `length` tokens as the content allows, no longer.
+
+        Raises:
+          UserError: the length does not even hold what is asked.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +310,83 @@ class QuestionTask:
         )
 
 
-Task = NeedleTask | PassKeyTask | VariableTask | CommonWordsTask | FrequentWordsTask | QuestionTask
+@dataclasses.dataclass(frozen=True)
+class RecallTask:
+    """Associative recall: facts among filler, each of which is asked for further on.
+
+    Distances between a fact and its question are drawn evenly, so that long ones are no rarer.
+
+    Attributes:
+      num_keys: facts.
+    """
+
+    num_keys: int = 8
+
+    def draw(self, rng: np.random.Generator, depth: float | None) -> Content:
+        """`depth` is not read."""
+        del depth
+        keys = _draw_terms(rng, TermKind.WORD, self.num_keys)
+        values = _draw_terms(rng, TermKind.NUMBER, self.num_keys)
+        needles = []
+        for fact in zip(keys, values, strict=True):
+            distance = rng.random()
+            depth = (1 - distance) * rng.random()
+            needles.append(Needle(Sentence("fact", fact), depth))
+            needles.append(Needle(Sentence("ask", fact), depth + distance))
+        return Content(tuple(needles), "essay", "asked", keys, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTask:
+    """How well filler itself is predicted.
+
+    Attributes:
+      parts: equal ones that the text is scored in; of the first its first token is left out.
+      last: tokens at the end that are scored in place of that, as a window that slides by so many
+        scores them (Press et al., arXiv 2012.15409); of short texts at most a quarter.
+      judged: whether of these tokens those are scored that need distant ones, as `key_tokens` has
+        it.
+    """
+
+    parts: int = 16
+    last: int | None = None
+    judged: bool = False
+
+    def draw(self, rng: np.random.Generator, depth: float | None) -> Content:
+        """Nothing is drawn, `depth` is not read."""
+        del rng, depth
+        return Content((), "essay", "none", (), (), spans=self._spans)
+
+    def _spans(self, length: int) -> tuple[tuple[int, int], ...]:
+        if self.last is not None:
+            return ((length - min(self.last, length // 4), length),)
+        edges = [length * i // self.parts for i in range(self.parts + 1)]
+        if min(b - a for a, b in itertools.pairwise(edges)) < 2:
+            raise UserError(
+                f"a text of {length} tokens is too short for {self.parts} parts; give longer "
+                "--lengths"
+            )
+        return tuple((max(a, 1), b) for a, b in itertools.pairwise(edges))
+
+
+Task = (
+    NeedleTask
+    | PassKeyTask
+    | VariableTask
+    | CommonWordsTask
+    | FrequentWordsTask
+    | QuestionTask
+    | RecallTask
+    | LossTask
+)
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "passkey": PassKeyTask(),
+        "recall": RecallTask(),
+        "loss": LossTask(),
+        "window_loss": LossTask(last=256),
+        "key_loss": LossTask(parts=1, judged=True),
         "niah_single_1": NeedleTask("noise"),
         "niah_single_2": NeedleTask("essay"),
         "niah_single_3": NeedleTask("essay", values=TermKind.UUID),
@@ -289,9 +404,11 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "niah": tuple(name for name in TASKS if name.startswith("niah")),
-        "ruler": tuple(name for name in TASKS if name != "passkey"),
+        "ruler": tuple(name for name in TASKS if name.startswith(("niah", "vt", "cwe", "fwe"))),
     }
 )
+# Of which only the nats tell something: nothing is asked.
+LOSSES = ("loss", "window_loss", "key_loss")
 # Whose needle can be put at a depth.
 WITH_DEPTH = ("passkey", "niah_single_1", "niah_single_2", "niah_single_3")
 
@@ -325,3 +442,24 @@ def find_tasks(
 def _draw_terms(rng: np.random.Generator, kind: TermKind, count: int) -> tuple[Term, ...]:
     """Different ones."""
     return tuple(Term(kind, int(i)) for i in rng.choice(NUM_TERMS, count, replace=False))
+
+
+def spread(
+    ids: list[int], filler: Sequence[Sequence[int]], pieces: Sequence[Piece]
+) -> list[tuple[int, int]]:
+    """Appends filler and the pieces among it to `ids`.
+
+    Returns:
+      Where each answer begins and ends.
+    """
+    places = []
+    waiting = sorted(pieces, key=lambda piece: piece[0])
+    for i in range(len(filler) + 1):
+        while waiting and round(waiting[0][0] * len(filler)) <= i:
+            _, piece, num_answer = waiting.pop(0)
+            ids += piece
+            if num_answer:
+                places.append((len(ids) - num_answer, len(ids)))
+        if i < len(filler):
+            ids += filler[i]
+    return places

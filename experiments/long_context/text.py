@@ -1,7 +1,6 @@
 """Tasks as texts for a tokenizer: words, numbers and filler, cut to a number of tokens."""
 
 import ast
-import dataclasses
 import functools
 import re
 import uuid
@@ -15,11 +14,12 @@ import qwen_jax
 from experiments.long_context.tasks import (
     NUM_TERMS,
     Content,
-    Needle,
+    Example,
     Question,
     Sentence,
     Term,
     TermKind,
+    spread,
 )
 from qwen_jax.errors import UserError
 from tools.jsonl_rows import read_rows
@@ -60,6 +60,7 @@ _INTRODUCTIONS = {
     "assign": "Variables are set somewhere in the text below. You will be asked for them.\n\n",
     "common": "Below is a list of words, some of which occur more often than others.\n\n",
     "coded": "Below are words, a few of which occur most often.\n\n",
+    "asked": "Some codes are in the text below, which asks for them further on.\n\n",
     "document": "Answer the question behind these documents with a few words of theirs.\n\n",
 }
 
@@ -69,24 +70,6 @@ class Tokenizes(Protocol):
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of a text, nothing added."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A text with its answers behind it.
-
-    Attributes:
-      ids: tokens of the whole.
-      answers: where each answer begins and ends among them; the first follows the question.
-    """
-
-    ids: list[int]
-    answers: tuple[tuple[int, int], ...]
-
-    @property
-    def start(self) -> int:
-        """The first token that is to be predicted."""
-        return self.answers[0][0]
 
 
 def word(term: Term, form: str = "fact") -> str:
@@ -196,30 +179,43 @@ class TextRenderer:
         """
         if content.documents:
             return self._with_documents(content, length, rng)
+        if content.spans is not None:
+            filler = self._filler(content, length, rng, whole=False)
+            return Example([token for ids in filler for token in ids], content.spans(length))
         opening = self._encode(_INTRODUCTIONS[content.question])
-        question = self._encode(_question(content))
+        question = self._encode(_question(content)) if content.question != "asked" else []
+        at_end = content.answers if question else ()
         answers = [
             self._encode(f"{', ' if i else ' '}{word(term, content.question)}")
-            for i, term in enumerate(content.answers)
+            for i, term in enumerate(at_end)
         ]
-        needles = [(needle, self._encode(_say(needle.sentence))) for needle in content.needles]
-        fixed = sum(map(len, (opening, question, *answers, *(ids for _, ids in needles))))
+        pieces = [(needle.depth, *self._say(needle.sentence)) for needle in content.needles]
+        fixed = sum(map(len, (opening, question, *answers, *(ids for _, ids, _ in pieces))))
         room = length - fixed
         if room < 0:
             raise UserError(
                 f"a text of {length} tokens is too short for its question and needles, which are "
                 f"{fixed}; give longer --lengths"
             )
+        places: list[tuple[int, int]] = []
+        ids = [*opening]
         if content.body is None:
-            middle = _among(self._filler(content, room, rng), needles)
+            places += spread(ids, self._filler(content, room, rng), pieces)
         else:
-            middle = self._longest_list(content, room)
-        ids = [*opening, *middle, *question]
-        places = []
+            ids += self._longest_list(content, room)
+        ids += question
         for answer in answers:
             places.append((len(ids), len(ids) + len(answer)))
             ids += answer
         return Example(ids, tuple(places))
+
+    def _say(self, sentence: Sentence) -> tuple[list[int], int]:
+        """A sentence, and how many tokens at its end are an answer."""
+        if sentence.form != "ask":
+            return self._encode(_say(sentence)), 0
+        key, value = (word(term, sentence.form) for term in sentence.terms)
+        answer = self._encode(f" {value}")
+        return [*self._encode(f" What is the code of {key}? It is"), *answer], len(answer)
 
     def _with_documents(self, content: Content, length: int, rng: np.random.Generator) -> Example:
         """The documents of the answer and as many others as fit, in any order."""
@@ -243,8 +239,10 @@ class TextRenderer:
         ids = [*opening, *middle, *question]
         return Example([*ids, *answer], ((len(ids), len(ids) + len(answer)),))
 
-    def _filler(self, content: Content, room: int, rng: np.random.Generator) -> list[list[int]]:
-        """Sentences of no more than `room` tokens together."""
+    def _filler(
+        self, content: Content, room: int, rng: np.random.Generator, whole: bool = True
+    ) -> list[list[int]]:
+        """Sentences of no more than `room` tokens together; unless `whole`, of as many."""
         match content.haystack:
             case "noise":
                 sentences, start = self._noise_sentences, 0
@@ -258,7 +256,7 @@ class TextRenderer:
             sentence = sentences[(start + len(found)) % len(sentences)]
             room -= len(sentence)
             if room < 0:
-                return found
+                return found if whole else [*found, sentence[:room]]
             found.append(sentence)
 
     def _other_facts(
@@ -300,18 +298,6 @@ class TextRenderer:
                 fits = True
             least, most = (middle, most) if fits else (least, middle)
         return listed(least)
-
-
-def _among(filler: list[list[int]], needles: list[tuple[Needle, list[int]]]) -> list[int]:
-    """Filler with the needles where they stand, between sentences."""
-    ids: list[int] = []
-    waiting = sorted(needles, key=lambda pair: pair[0].depth)
-    for i in range(len(filler) + 1):
-        while waiting and round(waiting[0][0].depth * len(filler)) <= i:
-            ids += waiting.pop(0)[1]
-        if i < len(filler):
-            ids += filler[i]
-    return ids
 
 
 def _say(sentence: Sentence) -> str:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.long_context.report import bootstrap_interval, effective_length, write_report
+from experiments.long_context.intervals import bootstrap_interval
+from experiments.long_context.report import effective_length, write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.scoring import Score
 from qwen_jax.errors import UserError
@@ -82,7 +83,10 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--model is needed"),
+        (["--study=tasks"], "--model is needed"),
+        (["--model=M", "--layers=3"], "--layers is of --study=small; leave it out"),
+        (["--rope=dca"], "--rope is of --study=tasks or frequencies; leave it out"),
+        (["--tasks=cwe"], "need words; leave the task out of --tasks"),
         (["--report_only"], "has no results; run without --report_only"),
         (["--model=M", "--rope=yarn"], "--rope=yarn: factor is missing"),
         (["--model=M", "--rope=none,none"], "should be different scalings by commas"),
@@ -90,8 +94,14 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
         (["--model=M", "--lengths=4K"], "'4K' should be a number of tokens"),
         (["--model=M", "--haystack=/nowhere"], "/nowhere: cannot be read as text"),
         (["--model=./nowhere"], "nowhere"),
-        (["--model=M", "--trained=64"], "--trained is of --study=frequencies; leave it out"),
-        (["--study=base_bound", "--rope=dca"], "--rope is of --study=tasks; leave it out"),
+        (
+            ["--model=M", "--trained=64"],
+            "--trained is of --study=small or frequencies; leave it out",
+        ),
+        (
+            ["--study=base_bound", "--rope=dca"],
+            "--rope is of --study=tasks or frequencies; leave it out",
+        ),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(arguments, words, tmp_path):
@@ -131,7 +141,7 @@ def test_resampled_intervals_are_those_of_the_normal_distribution():
 
 def test_the_report_says_what_the_records_say(tmp_path):
     scores = [
-        Score(rope, "vt", length, None, 0, i, length, i < right, share, nats, "d")
+        Score(rope, "vt", length, None, 0, i, length, i < right, share, nats, "d", ())
         for rope, length, right, share, nats in (
             ("none", 64, 4, 1.0, 0.5),
             ("none", 128, 1, 0.5, 2.0),

@@ -6,8 +6,8 @@ import pytest
 
 import qwen_jax
 from experiments.long_context.scoring import Draw, draws, make_example, score
-from experiments.long_context.tasks import TASKS
-from experiments.long_context.text import Example, TextRenderer
+from experiments.long_context.tasks import TASKS, Example
+from experiments.long_context.text import TextRenderer
 from qwen_jax.inference.generation import generate
 from tests.experiments.test_text import ESSAY, Bytes
 from tests.reference import random_reference, save_reference
@@ -43,10 +43,10 @@ def test_right_is_what_greedy_decoding_writes(loaded):
 
 
 def test_draws_are_the_same_for_every_scaling_and_differ_among_themselves():
-    wanted = draws("passkey", 2000, (0.0, 0.5, 1.0), seeds=2, count=3)
+    wanted = draws("passkey", 2000, (0.0, 0.5, 1.0), seeds=(0, 1), count=3)
     assert len(wanted) == len(set(wanted)) == 18
     assert [draw.depth for draw in wanted[:6]] == [0.0] * 3 + [0.5] * 3
-    assert {draw.depth for draw in draws("vt", 2000, (0.0, 1.0), 1, 2)} == {None}
+    assert {draw.depth for draw in draws("vt", 2000, (0.0, 1.0), (0,), 2)} == {None}
     renderer, task = TextRenderer(Bytes(), ESSAY), TASKS["passkey"]
     texts = {tuple(make_example(renderer, task, draw).ids) for draw in wanted}
     assert len(texts) == 18

@@ -1,0 +1,245 @@
+"""The report of the study on small models: what they learned, known effects, published orders."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.long_context import frequencies
+from experiments.long_context.effects import Finding, findings
+from experiments.long_context.files import save, write_records
+from experiments.long_context.report import write_report
+from experiments.long_context.scoring import Score
+from experiments.long_context.small_model import SmallModel
+from experiments.long_context.small_study import (
+    FACTOR,
+    LANGUAGE,
+    LEARNED,
+    Adapting,
+    Gate,
+    methods,
+    read_adapting,
+    read_gates,
+)
+from qwen_jax.benchmark.report import markdown
+
+# Perplexity on arXiv's texts of Qwen-7B, trained at 2,048 tokens, by multiples of that (its README,
+# github.com/QwenLM/Qwen).
+_QWEN1 = {
+    "none": (3.78, 39.35, 469.81, 2645.09),
+    "Qwen1 NTK": (3.78, 3.59, 3.66, 5.71),
+    "Qwen1 NTK + logn": (3.78, 3.58, 3.56, 4.62),
+    "Qwen1 NTK + logn + window": (3.78, 3.58, 3.49, 4.32),
+}
+_QWEN1_TIMES = (1, 2, 4, 8)
+# Before fine-tuning, least first (YaRN, arXiv 2309.00071, figure 5 and its text).
+_ZERO_SHOT = ("dynamic YaRN", "YaRN", "NTK", "PI", "none")
+
+
+def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]) -> str:
+    """Writes the report of a workdir of the study, with its tables and pictures; returns it."""
+    ropes = methods(model)
+    gates, adapting = read_gates(workdir), read_adapting(workdir, model)
+    found = findings(scores, ropes, model.trained)
+    learned = all(gate.recall >= LEARNED for gate in gates)
+    scaled = frequencies.scalings(
+        model.config(LANGUAGE), list(ropes.values()), model.trained, FACTOR * model.trained
+    )
+    frequencies.draw(scaled, workdir / "frequencies.png")
+    draw_effects(found, workdir / "effects.png")
+    if found:
+        write_records(workdir / "effects", [_effect_row(f) for f in found], origin=None)
+    lines = [
+        f"Qwen3 models of {model.layers} layers and heads of {model.head_dim} channels, trained at "
+        f"{model.trained} tokens with RoPE's base {model.theta:.4g}"
+        f"{'' if model.qk_norm else ', queries and keys not normed'}.",
+        "",
+        "## What the models have learned",
+        "",
+        _gate_table(gates),
+        "",
+    ]
+    if not learned:
+        lines += [
+            f"**A model recalls less than {LEARNED:.0%} at its trained length: nothing below says "
+            "anything of scalings. Give more --train_steps.**",
+            "",
+        ]
+    lines += [
+        "## Known effects",
+        "",
+        _effect_table(found),
+        "",
+        "Differences of right answers are in points, of nats in nats a token; an effect is seen "
+        "where its whole interval lies where the effect has it. Intervals hold 95%, seeds and "
+        f"texts resampled{'; of one seed they tell nothing of other models' * (len(gates) == 1)}.",
+        "",
+        "![differences with their intervals](effects.png)",
+        "",
+        "## Orders",
+        "",
+        _order_lines(scores, ropes, model.trained),
+        "",
+        "Perplexity of Qwen-7B as published, and nats of the answers here:",
+        "",
+        _qwen1_table(scores, ropes, model.trained),
+        "",
+    ]
+    if adapting:
+        lines += [
+            f"## Fine-tuning at {FACTOR * model.trained} tokens",
+            "",
+            _adapting_table(adapting, ropes),
+            "",
+            "![recall by steps of fine-tuning](adapting.png)",
+            "",
+        ]
+        draw_adapting(adapting, ropes, workdir / "adapting.png")
+    names = [f"| {name} | `{rope}` |" for name, rope in ropes.items()]
+    lines += ["## Scalings", "", "| name | --rope |", "|---|---|", *names, ""]
+    lines += ["![frequency by pair of each](frequencies.png)", ""]
+    # Reports read better by names than by what a command line needs.
+    named = _named(scores, ropes)
+    return write_report(named, "Long contexts of small models", workdir, lines)
+
+
+def _named(scores: Sequence[Score], ropes: dict[str, str]) -> list[Score]:
+    names = {rope: name for name, rope in ropes.items()}
+    found = []
+    for score in scores:
+        rope, bracket, rest = score.rope.partition(" (")
+        found.append(dataclasses.replace(score, rope=names.get(rope, rope) + bracket + rest))
+    return found
+
+
+def _gate_table(gates: Sequence[Gate]) -> str:
+    rows = [
+        [str(g.seed), str(g.tries), f"{g.recall:.1%}", "yes" if g.recall >= LEARNED else "**no**"]
+        for g in gates
+    ]
+    heads = ["seed", "draws", "recall at the trained length", f"at least {LEARNED:.0%}"]
+    return markdown(heads, rows)
+
+
+def _show(finding: Finding) -> tuple[str, str]:
+    """The difference with its interval, and where it should lie."""
+    scale, unit = (100, " points") if finding.effect.field == "share" else (1, " nats")
+    digits = ".0f" if scale == 100 else ".2f"
+    e, f = finding.effect, finding.found
+    mean, low, high, least, most = (scale * x for x in (f.mean, f.low, f.high, e.least, e.most))
+    expected = f"above {least:g}" if not np.isfinite(most) else f"{least:g} to {most:g}"
+    return f"{mean:+{digits}} ({low:+{digits}} to {high:+{digits}}){unit}", expected
+
+
+def _effect_table(found: Sequence[Finding]) -> str:
+    rows = []
+    for finding in found:
+        measured, expected = _show(finding)
+        rows.append([finding.effect.name, expected, measured, finding.verdict])
+    return markdown(["effect", "expected", "difference", "verdict"], rows)
+
+
+def _effect_row(finding: Finding) -> dict[str, object]:
+    e, f = finding.effect, finding.found
+    return {
+        "effect": e.name,
+        "field": e.field,
+        "least": e.least,
+        "most": e.most,
+        "mean": f.mean,
+        "low": f.low,
+        "high": f.high,
+        "verdict": finding.verdict,
+    }
+
+
+def _mean_nats(scores: Sequence[Score], rope: str, length: int) -> float | None:
+    own = [s.nats for s in scores if (s.rope, s.task, s.length) == (rope, "recall", length)]
+    return float(np.mean(own)) if own else None
+
+
+def _order_lines(scores: Sequence[Score], ropes: dict[str, str], trained: int) -> str:
+    length = FACTOR * trained
+    nats = {name: _mean_nats(scores, rope, length) for name, rope in ropes.items()}
+    known = {name: value for name, value in nats.items() if value is not None}
+    found = sorted(known, key=known.__getitem__)
+    ours = [name for name in found if name in _ZERO_SHOT]
+    return "\n".join(
+        [
+            f"- Found at {length:,} tokens, least nats of recall first: "
+            + ", ".join(f"{name} {known[name]:.2f}" for name in found),
+            f"- Of these, among those with a published order: {', '.join(ours)}",
+            f"- Published, before fine-tuning (arXiv 2309.00071): {', '.join(_ZERO_SHOT)}",
+        ]
+    )
+
+
+def _qwen1_table(scores: Sequence[Score], ropes: dict[str, str], trained: int) -> str:
+    rows = []
+    for name, published in _QWEN1.items():
+        cells = [name]
+        for times, perplexity in zip(_QWEN1_TIMES, published, strict=True):
+            nats = _mean_nats(scores, ropes[name], times * trained)
+            cells += [f"{perplexity:,}", "-" if nats is None else f"{nats:.2f}"]
+        rows.append(cells)
+    heads = [f"{n}x, {what}" for n in _QWEN1_TIMES for what in ("Qwen-7B", "here")]
+    return markdown(["scaling", *heads], rows)
+
+
+def _adapting_table(adapting: Sequence[Adapting], ropes: dict[str, str]) -> str:
+    names = {rope: name for name, rope in ropes.items()}
+    rows = []
+    for rope in dict.fromkeys(a.rope for a in adapting):
+        own = [a for a in adapting if a.rope == rope]
+        last = own[0].recall[-1][0]
+        steps = ", ".join(f"> {last}" if a.steps is None else str(a.steps) for a in own)
+        ends = ", ".join(f"{a.recall[-1][1]:.0%}" for a in own)
+        rows.append([names[rope], steps, ends])
+    heads = ["scaling", f"steps to {LEARNED:.0%} of recall, each seed", "recall at the end"]
+    return markdown(heads, rows)
+
+
+def draw_effects(found: Sequence[Finding], path: Path) -> None:
+    """Each difference with its interval, in its own unit, beside where it should lie."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1 + 0.27 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for row, finding in enumerate(found):
+        f, colour = finding.found, "C2" if finding.seen else "C3" if finding.against else "C7"
+        axes.plot([f.low, f.high], [row, row], color=colour, linewidth=2)
+        axes.plot(f.mean, row, "o", color=colour)
+        axes.plot(finding.effect.least, row, "|", color="black", markersize=9)
+        if np.isfinite(finding.effect.most):
+            axes.plot(finding.effect.most, row, "|", color="black", markersize=9)
+    axes.set_yticks(range(len(found)), [f.effect.name for f in found], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(
+        xlabel="difference: share of right answers, or nats; black marks: where it should begin"
+    )
+    axes.grid(True, axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def draw_adapting(adapting: Sequence[Adapting], ropes: dict[str, str], path: Path) -> None:
+    """Recall at the longer length by steps of fine-tuning, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    names = {rope: name for name, rope in ropes.items()}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, rope in enumerate(dict.fromkeys(a.rope for a in adapting)):
+        for j, own in enumerate(a for a in adapting if a.rope == rope):
+            axes.plot(
+                *zip(*own.recall, strict=True),
+                color=f"C{i}",
+                marker=".",
+                label=None if j else names[rope],
+            )
+    axes.axhline(LEARNED, color="black", linewidth=0.6, linestyle=":")
+    axes.set(xlabel="steps of fine-tuning", ylabel="right answers", ylim=(-0.03, 1.03))
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
