@@ -20,6 +20,7 @@ import numpy as np
 from experiments.long_context.tasks import Example, LossTask, PassKeyTask, RecallTask, Task
 from experiments.long_context.tokens import Language, TokenRenderer
 from qwen_jax.config import LayerKind, ModelConfig, RopeSpec
+from qwen_jax.errors import UserError
 from qwen_jax.inference.likelihood import token_likelihoods
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.training.checkpoints import Checkpoints
@@ -74,6 +75,15 @@ class SmallModel:
     layers: int = 2
     qk_norm: bool = True
     steps: int = 900
+
+    def __post_init__(self):
+        if self.trained < 64 or self.trained % 4:
+            raise UserError(
+                f"--trained={self.trained}: small models begin with a quarter of it, which a pass "
+                "key has to fit into; give a multiple of 4 from 64 on"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"--head_dim={self.head_dim}: RoPE turns pairs; give an even number")
 
     @property
     def theta(self) -> float:

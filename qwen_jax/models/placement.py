@@ -107,10 +107,6 @@ def place(
                 f"rope_type = {config.rope.kind.value} changes what is cached as the text grows, "
                 f"which a cache that is cut along {CONTEXT} does not follow; use another mesh"
             )
-        if config.far is not None and (is_cut(layout) or is_cut(layout, "slots")):
-            raise UserError(
-                f"far keys are not rotated along {CONTEXT}, which cuts the texts; use another mesh"
-            )
         call = _fill_up(layout, call, cache)
     if cache is None:
         ids, tokens = _place(config, layout, length, call)

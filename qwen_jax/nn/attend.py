@@ -8,6 +8,7 @@ merges into attention over their union.
 Masks are described by slots and groups; no array [T, S] goes in, comes out or is kept.
 """
 
+import dataclasses
 import enum
 import functools
 import math
@@ -75,6 +76,30 @@ class Mask:
     key_segments: jax.Array | None = None
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     relation: Relation | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One of several branches of a softmax over the same keys, no key in two of them.
+
+    Attributes:
+      relation: of the groups of queries to those of the keys that it has; None for any.
+      beyond: whether it has the keys that the mask's window leaves out, in place of those within.
+    """
+
+    relation: Relation | None = None
+    beyond: bool = False
+
+    def mask(self, mask: Mask) -> Mask:
+        """Of its keys, from a mask of all branches: with a window, and groups of queries and keys.
+
+        Groups are looked at by a relation only.
+        """
+        if self.beyond:
+            mask = mask.replace(query_slots=mask.query_slots - mask.window, window=None)
+        if self.relation is None:
+            return mask.replace(query_groups=None, key_groups=None)
+        return mask.replace(relation=self.relation)
 
 
 def attend(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import LayerKind, ModelConfig
-from qwen_jax.nn.attend import Mask
+from qwen_jax.nn import dual_chunk
+from qwen_jax.nn import far as far_keys
+from qwen_jax.nn.attend import Branch, Mask
 from qwen_jax.nn.cache import AttentionCache, key_value_axes, write_key_values, write_slots
-from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
-from qwen_jax.nn.far import far_attend
 from qwen_jax.nn.kernels.choose import Kernels, kernels_on
 from qwen_jax.nn.kernels.paged import PagedKeyValues, paged_attend, read_pages, write_pages
 from qwen_jax.nn.linear import Linear, as_rows
@@ -147,7 +147,8 @@ def _enter_and_attend(
       k, v: [B, T, K, d].
       slots, key_valid, segments: as `Tokens` has them.
       chunks: of the queries and of the keys.
-      far: of the keys, as `far_attend` takes them.
+      far: of the keys, how they are turned on beyond the window, and their groups, 0 for those
+        that are seen there; None each for nothing, and for all.
       scale: float32 [B, T]; None for the default one.
       cache: with [B, S, K, d] of floats or int8; or pages, of which one token reads those filled.
     """
@@ -172,16 +173,23 @@ def _enter_and_attend(
         elif not slots_cut:
             # Padding stands behind the last slot, from where it would see them all.
             slots = jnp.where(slots < k.shape[1], slots, 0)
+    turn, groups, branches = None, (None, None), (Branch(),)
+    if chunks is not None:
+        groups, branches = chunks, dual_chunk.BRANCHES
+    elif far is not None:
+        turn, key_groups = far
+        groups = (None if key_groups is None else jnp.zeros_like(slots), key_groups)
     mask = Mask(
         slots,
         key_valid,
-        *(chunks or (None, None)),
+        *groups,
         key_slots=key_slots,
         query_segments=segments,
         key_segments=segments,
         window=window,
     )
-    relations = (None,) if chunks is None else RELATIONS
+    if far is not None:
+        branches = far_keys.branches(mask)
     if length_cut:
         out = context_attend(
             queries,
@@ -190,14 +198,17 @@ def _enter_and_attend(
             mask,
             scale,
             axis_name=CONTEXT,
-            relations=relations,
+            branches=branches,
+            turn=turn,
             zigzag_keys=cache is None,
             kernels=kernels,
         )
     elif slots_cut and cache is not None:
-        out = cache_attend(queries, k, v, mask, scale, axis_name=CONTEXT, relations=relations)
+        out = cache_attend(
+            queries, k, v, mask, scale, axis_name=CONTEXT, branches=branches, turn=turn
+        )
     elif chunks is not None:
-        out = dual_chunk_attend(
+        out = dual_chunk.dual_chunk_attend(
             queries,
             k,
             v,
@@ -210,7 +221,7 @@ def _enter_and_attend(
             kernels=kernels,
         )
     elif far is not None:
-        out = far_attend(queries, k, v, mask, *far, kernels)
+        out = far_keys.far_attend(queries, k, v, mask, turn, kernels)
     else:
         out, _ = kernels.attend(*queries, k, v, mask, scale, needs_lse=False)
     return out, cache

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import DualChunkSpec
-from qwen_jax.nn.attend import Mask, Relation, merge
+from qwen_jax.nn.attend import Branch, Mask, Relation, merge
 from qwen_jax.nn.int8_vectors import Vectors
 from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 
-# Of a query's chunk to those of the keys that each of its rotations is for, in order.
-RELATIONS = (Relation.SAME, Relation.PREVIOUS, Relation.OLDER)
+# Which chunks of keys each rotation of a query is for, in order.
+BRANCHES = tuple(Branch(r) for r in (Relation.SAME, Relation.PREVIOUS, Relation.OLDER))
 
 
 def key_positions(spec: DualChunkSpec, positions: jax.Array) -> jax.Array:
@@ -100,14 +100,14 @@ def dual_chunk_attend(
         query_slots, key_valid, query_chunks, key_chunks, key_slots, query_segments, key_segments
     )
 
-    def branch(q: jax.Array, relation: Relation) -> tuple[jax.Array, jax.Array]:
-        return kernels.attend(q, k, v, mask.replace(relation=relation), scale)
+    def part(q: jax.Array, branch: Branch) -> tuple[jax.Array, jax.Array]:
+        return kernels.attend(q, k, v, branch.mask(mask), scale)
 
-    own = branch(queries[0], RELATIONS[0])
+    own = part(queries[0], BRANCHES[0])
 
     def with_earlier_chunks() -> jax.Array:
-        branches = (own, *map(branch, queries[1:], RELATIONS[1:]))
-        return merge(*zip(*branches, strict=True))[0]
+        parts = (own, *map(part, queries[1:], BRANCHES[1:]))
+        return merge(*zip(*parts, strict=True))[0]
 
     return jax.lax.cond(jnp.any(query_chunks > 0), with_earlier_chunks, lambda: own[0])
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import FarSpec
-from qwen_jax.nn.attend import Mask, Relation, merge
+from qwen_jax.nn.attend import Branch, Mask, Relation, merge
 from qwen_jax.nn.int8_vectors import Vectors, dense
 from qwen_jax.nn.kernels.choose import Kernels
 from qwen_jax.nn.rope import Rotation, rotate
@@ -40,13 +40,23 @@ def key_places(spec: FarSpec, positions: jax.Array) -> jax.Array:
     return jnp.floor(places) if spec.whole else places
 
 
+def branches(mask: Mask) -> tuple[Branch, Branch]:
+    """Of the keys within a mask's window and beyond it; there of group 0 only, if it has groups."""
+    relation = None if mask.key_groups is None else Relation.SAME
+    return Branch(), Branch(relation, beyond=True)
+
+
+def turned(k: Vectors, turn: Rotation | None) -> Vectors:
+    """Keys for queries that they are far from."""
+    return k if turn is None else rotate(dense(k), turn)
+
+
 def far_attend(
     queries: tuple[jax.Array, jax.Array],
     k: Vectors,
     v: Vectors,
     mask: Mask,
     turn: Rotation | None,
-    key_groups: jax.Array | None,
     kernels: Kernels,
 ) -> jax.Array:
     """One softmax over the keys of a window and those beyond it.
@@ -57,28 +67,22 @@ def far_attend(
     Args:
       queries: rotated to their positions, and to `query_places`, each [B, T, H, d].
       k, v: [B, S, K, d], keys rotated to their positions.
-      mask: of the keys within the window, which it has.
+      mask: with a window; and with groups where beyond it only some keys are seen, those of the
+        queries' group.
       turn: from the keys' positions to `key_places`, [B, S, r/2]; None where those are the same.
-      key_groups: int32 [B, S], 0 for keys that are seen beyond the window; None for all.
       kernels: what computes the branches.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
     """
-    own = kernels.attend(queries[0], k, v, mask)
-    beyond = mask.replace(query_slots=mask.query_slots - mask.window, window=None)
-    if key_groups is not None:
-        beyond = beyond.replace(
-            query_groups=jnp.zeros_like(mask.query_slots),
-            key_groups=key_groups,
-            relation=Relation.SAME,
-        )
+    within, beyond = branches(mask)
+    own = kernels.attend(queries[0], k, v, within.mask(mask))
+    mask = beyond.mask(mask)
 
     def with_far() -> jax.Array:
-        keys = k if turn is None else rotate(dense(k), turn)
         # Queries stand a window before their own slots.
         out_of_order = dataclasses.replace(kernels, in_order=False)
-        far = out_of_order.attend(queries[1], keys, v, beyond)
+        far = out_of_order.attend(queries[1], turned(k, turn), v, mask)
         return merge(*zip(own, far, strict=True))[0]
 
-    return jax.lax.cond(jnp.any(beyond.query_slots >= 0), with_far, lambda: own[0])
+    return jax.lax.cond(jnp.any(mask.query_slots >= 0), with_far, lambda: own[0])

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.nn.attend import Mask, Relation, merge, scale_of
+from qwen_jax.nn.attend import Branch, Mask, merge, scale_of
 from qwen_jax.nn.cache import write_slots
+from qwen_jax.nn.far import turned
 from qwen_jax.nn.int8_vectors import Vectors
 from qwen_jax.nn.kernels.choose import PLAIN, Kernels
+from qwen_jax.nn.rope import Rotation, rotate
 
-Relations = tuple[Relation | None, ...]
+Branches = tuple[Branch, ...]
+_WHOLE = (Branch(),)
 
 # Bytes of a text's keys and values that a device gathers, in place of passing them round: as much
 # as the temporaries of a layer may well be, and one collective in place of one for each shard.
@@ -62,14 +65,15 @@ def context_attend(
     *,
     axis_name: str,
     method: Literal["ring", "gather"] | None = None,
-    relations: Relations = (None,),
+    branches: Branches = _WHOLE,
+    turn: Rotation | None = None,
     zigzag_keys: bool = True,
     kernels: Kernels = PLAIN,
 ) -> jax.Array:
     """`attend` for queries and keys that are shared out over a mesh axis, here those of one shard.
 
     Args:
-      queries: one array [B, T, H, d], or one for each of `relations`.
+      queries: one array [B, T, H, d], or one for each of `branches`.
       k, v: [B, S, K, d]; in any order, to be told by the mask. But the kernels of TPUs take slots
         to follow each other, in each half of the keys where `zigzag_keys`.
       mask: of the shard's queries and keys, `key_slots` among them, `relation` None.
@@ -77,8 +81,9 @@ def context_attend(
       axis_name: the mesh axis.
       method: "ring" needs memory for the keys of two shards; "gather" for all of them. None for
         "gather" where those are few.
-      relations: which keys each of `queries` is for, no key twice: `(None,)`, or
-        `dual_chunk.RELATIONS` with chunks for groups. They are branches of one softmax.
+      branches: of one softmax, which keys each of `queries` is for: all, those of
+        `dual_chunk.BRANCHES` with chunks for groups, or of `far.branches`.
+      turn: of keys beyond a window, [B, S, r/2], as `far_attend` has it; without gradient.
       zigzag_keys: whether keys lie as `zigzag` has them.
       kernels: what computes the parts.
 
@@ -101,8 +106,8 @@ def context_attend(
     if method == "ring":
         # In zigzag order a shard has two runs of slots.
         runs = 2 if zigzag_keys and kernels.platform == "tpu" else 1
-        how = _Ring(axis_name, relations, runs, kernels)
-        return _ring_attend(how, queries, k, v, mask, scale)[0]
+        how = _Ring(axis_name, branches, runs, kernels)
+        return _ring_attend(how, queries, k, v, mask, scale, turn)[0]
 
     def gather(x: jax.Array) -> jax.Array:
         x = jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
@@ -110,9 +115,9 @@ def context_attend(
             return x
         return x[:, unzigzag(x.shape[1], jax.lax.axis_size(axis_name))]
 
-    k, v, keys = jax.tree.map(gather, (k, v, _keys_of(mask)))
-    branches = _branches(kernels, relations, queries, k, v, mask.replace(**keys), scale)
-    return _merge(branches)[0].astype(queries[0].dtype)
+    k, v, keys, turn = jax.tree.map(gather, (k, v, _keys_of(mask), turn))
+    parts = _parts(kernels, branches, queries, k, v, mask.replace(**keys), scale, turn)
+    return _merge(parts)[0].astype(queries[0].dtype)
 
 
 def cache_attend(
@@ -123,7 +128,8 @@ def cache_attend(
     scale: jax.Array | float | None = None,
     *,
     axis_name: str,
-    relations: Relations = (None,),
+    branches: Branches = _WHOLE,
+    turn: Rotation | None = None,
 ) -> jax.Array:
     """`attend` for few queries, the same on all shards, over keys whose slots are shared out.
 
@@ -131,7 +137,7 @@ def cache_attend(
     For many queries share them out too, and call `context_attend` with `zigzag_keys=False`.
 
     Args:
-      queries, relations, scale: as for `context_attend`, but of all queries.
+      queries, branches, turn, scale: as for `context_attend`, but of all queries.
       k, v: [B, S / c, K, d], slots i * S / c and following on shard i.
       mask: `key_slots` None; other attributes of keys are the shard's own.
       axis_name: the mesh axis.
@@ -141,9 +147,8 @@ def cache_attend(
     """
     slots = first_slot(k, axis_name) + jnp.arange(k.shape[1], dtype=jnp.int32)
     mask = mask.replace(key_slots=jnp.broadcast_to(slots, k.shape[:2]))
-    out, lse = _merge(
-        _branches(PLAIN, relations, queries, k, v, mask, scale_of(queries[0], scale), jnp.float32)
-    )
+    scale = scale_of(queries[0], scale)
+    out, lse = _merge(_parts(PLAIN, branches, queries, k, v, mask, scale, turn, jnp.float32))
     weight = jnp.exp(lse - jax.lax.pmax(lse, axis_name))
     out = jax.lax.psum(weight[..., None] * out, axis_name)
     return (out / jax.lax.psum(weight, axis_name)[..., None]).astype(queries[0].dtype)
@@ -213,25 +218,38 @@ def _keys_of(mask: Mask) -> dict[str, jax.Array | None]:
     return {name: getattr(mask, name) for name in _OF_KEYS}
 
 
-def _branches(
-    kernels: Kernels, relations: Relations, queries, k, v, mask: Mask, scale, dtype=None, by="auto"
+def _parts(
+    kernels: Kernels,
+    branches: Branches,
+    queries,
+    k,
+    v,
+    mask: Mask,
+    scale,
+    turn: Rotation | None,
+    dtype=None,
+    by="auto",
 ):
     """What attention returns for each of `queries`."""
     return [
-        kernels.attend(q, k, v, mask.replace(relation=relation), scale, by, dtype)
-        for q, relation in zip(queries, relations, strict=True)
+        kernels.attend(q, _keys_for(branch, k, turn), v, branch.mask(mask), scale, by, dtype)
+        for q, branch in zip(queries, branches, strict=True)
     ]
 
 
-def _merge(branches: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    return branches[0] if len(branches) == 1 else merge(*zip(*branches, strict=True))
+def _keys_for(branch: Branch, k: Vectors, turn: Rotation | None) -> Vectors:
+    return turned(k, turn) if branch.beyond else k
+
+
+def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    return parts[0] if len(parts) == 1 else merge(*zip(*parts, strict=True))
 
 
 class _Ring(NamedTuple):
     """How the ring works: its mesh axis, and `runs` of keys of each shard one after another."""
 
     axis_name: str
-    relations: Relations
+    branches: Branches
     runs: int
     kernels: Kernels
 
@@ -246,47 +264,49 @@ def _runs(how: _Ring, visiting: Any) -> list[Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_attend(how: _Ring, queries, k, v, mask: Mask, scale):
+def _ring_attend(how: _Ring, queries, k, v, mask: Mask, scale, turn: Rotation | None):
     """Out and log-sum-exp of the shard's queries over the keys of all shards."""
 
     def step(so_far, visiting):
-        branches = [so_far]
-        for k, v, keys in _runs(how, visiting):
+        parts = [so_far]
+        for k, v, keys, turn in _runs(how, visiting):
             visited = mask.replace(**keys)
             # Block by block even where it is short, to pass over what no query sees.
-            branches += _branches(
-                how.kernels, how.relations, queries, k, v, visited, scale, jnp.float32, "blockwise"
-            )
-        return _merge(branches)
+            how_to = how.kernels, how.branches
+            parts += _parts(*how_to, queries, k, v, visited, scale, turn, jnp.float32, "blockwise")
+        return _merge(parts)
 
     shape = (*queries[0].shape[:3], v.shape[-1])
     nothing = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], jnp.finfo(jnp.float32).min)
-    out, lse = _travel(step, nothing, (k, v, _keys_of(mask)), how.axis_name)
+    out, lse = _travel(step, nothing, (k, v, _keys_of(mask), turn), how.axis_name)
     return out.astype(queries[0].dtype), lse
 
 
-def _ring_forward(how: _Ring, queries, k, v, mask, scale):
-    results = _ring_attend(how, queries, k, v, mask, scale)
-    return results, (queries, k, v, mask, scale, results)
+def _ring_forward(how: _Ring, queries, k, v, mask, scale, turn):
+    results = _ring_attend(how, queries, k, v, mask, scale, turn)
+    return results, (queries, k, v, mask, scale, turn, results)
 
 
 def _ring_backward(how: _Ring, residuals, cotangents):
     """Gradients; those of keys and values follow them round the ring, a step behind."""
-    queries, k, v, mask, scale, results = residuals
+    queries, k, v, mask, scale, turn, results = residuals
 
     def step(so_far, visiting):
         of_queries, of_keys = so_far
         of_keys = _pass_on(of_keys, how.axis_name)
         of_runs = []
-        for k, v, keys in _runs(how, visiting):
+        for k, v, keys, turn in _runs(how, visiting):
             d_queries, d_keys = [], []
-            for q, relation in zip(queries, how.relations, strict=True):
-                visited = mask.replace(relation=relation, **keys)
-                d_q, d_scale, *d_kv = how.kernels.gradients_of_part(
-                    q, k, v, visited, scale, results, cotangents
+            for q, branch in zip(queries, how.branches, strict=True):
+                own, visited = _keys_for(branch, k, turn), branch.mask(mask.replace(**keys))
+                d_q, d_scale, d_k, d_v = how.kernels.gradients_of_part(
+                    q, own, v, visited, scale, results, cotangents
                 )
+                if branch.beyond and turn is not None:
+                    # The transpose of a rotation turns back.
+                    d_k = rotate(d_k, turn.replace(sin=-turn.sin))
                 d_queries.append((d_q, d_scale))
-                d_keys.append(tuple(d_kv))
+                d_keys.append((d_k, d_v))
             of_queries = jax.tree.map(jnp.add, of_queries, d_queries)
             of_runs.append(jax.tree.map(lambda *x: sum(x), *d_keys))
         d_visiting = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_runs)
@@ -296,12 +316,12 @@ def _ring_backward(how: _Ring, residuals, cotangents):
         return jnp.zeros(x.shape, jnp.float32)
 
     nothing = [(zeros(q), zeros(scale)) for q in queries], (zeros(k), zeros(v))
-    of_queries, of_keys = _travel(step, nothing, (k, v, _keys_of(mask)), how.axis_name)
+    of_queries, of_keys = _travel(step, nothing, (k, v, _keys_of(mask), turn), how.axis_name)
     # After as many steps as shards they are with the last to visit: one more and they are home.
     d_k, d_v = _pass_on(of_keys, how.axis_name)
     d_queries, d_scales = zip(*of_queries, strict=True)
     d_queries = tuple(d.astype(q.dtype) for d, q in zip(d_queries, queries, strict=True))
-    return d_queries, d_k.astype(k.dtype), d_v.astype(v.dtype), None, sum(d_scales)
+    return d_queries, d_k.astype(k.dtype), d_v.astype(v.dtype), None, sum(d_scales), None
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)

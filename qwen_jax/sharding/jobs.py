@@ -16,7 +16,7 @@ from qwen_jax.inference.decoding import DecodeState, decode_step, prefill
 from qwen_jax.inference.sampling import SamplingOptions
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.nn.cache import CacheDtype, cache_shardings, check_cache_dtype, init_cache
-from qwen_jax.nn.dual_chunk import RELATIONS
+from qwen_jax.nn.dual_chunk import BRANCHES
 from qwen_jax.nn.expert_exchange import pays_to_exchange
 from qwen_jax.nn.moe import choose_dispatch
 from qwen_jax.sharding import aot
@@ -211,5 +211,5 @@ def share_seen(job: Job) -> float:
     # Branches share them out.
     branches = 1 if job.config.far is None else 2
     if job.config.dual_chunk is not None:
-        branches = len(RELATIONS)
+        branches = len(BRANCHES)
     return (blocks + 1) / (2 * blocks) / branches

@@ -137,5 +137,5 @@ def test_results_of_another_version_are_refused_by_their_field(tmp_path):
     write(tmp_path / "old", made("none", 64, 1, 1))
     path = tmp_path / "old" / "results.jsonl"
     path.write_text(path.read_text().replace('"digest"', '"hash"'))
-    with pytest.raises(UserError, match="line 1: has no digest, and is of another version"):
+    with pytest.raises(UserError, match="jsonl:1: has no digest, and is of another version"):
         read_scores(tmp_path / "old")

@@ -141,7 +141,7 @@ def test_resampled_intervals_are_those_of_the_normal_distribution():
 
 def test_the_report_says_what_the_records_say(tmp_path):
     scores = [
-        Score(rope, "vt", length, None, 0, i, length, i < right, share, nats, "d", ())
+        Score(rope, "vt", length, None, 0, i, length, i < right, share, nats, "d", ((0.9, nats),))
         for rope, length, right, share, nats in (
             ("none", 64, 4, 1.0, 0.5),
             ("none", 128, 1, 0.5, 2.0),
@@ -157,3 +157,15 @@ def test_the_report_says_what_the_records_say(tmp_path):
     assert ["`yarn:2`", "0.75 (0.75 to 0.75)", "1 (1 to 1)"] in rows
     assert ["`none`", "100% (100% to 100%)", "50% (50% to 50%)"] in rows
     assert "heatmap" not in text
+    assert (tmp_path / "places.csv").read_text().splitlines()[1] == "none,vt,64,0,0,0.9,0.5"
+
+
+def test_losses_have_nats_and_perplexity_and_no_right_answers(tmp_path):
+    scores = [
+        Score("none", "loss", 64, None, 0, i, 64, False, 0.0, nats, "d", ((0.1, 1.0), (0.6, 2.0)))
+        for i, nats in enumerate((1.0, 2.0))
+    ]
+    text = write_report(scores, "A title", tmp_path)
+    assert "| `none` | 1.5 (1 to 2) |" in text and "| `none` | 4.482 (2.718 to 7.389) |" in text
+    assert "right" not in text and "All tasks" not in text
+    assert "(positions_loss.png)" in text and (tmp_path / "positions_loss.png").is_file()

@@ -24,7 +24,7 @@ from experiments.long_context.tokens import Language, TokenRenderer
 from qwen_jax.models.decoder import Decoder
 
 LANGUAGE = Language()
-TINY = SmallModel(trained=32, head_dim=16, layers=1, steps=18)
+TINY = SmallModel(trained=64, head_dim=16, layers=1, steps=18)
 
 
 @pytest.mark.parametrize("trained", (128, 256))

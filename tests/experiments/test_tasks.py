@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.long_context.tasks import (
+    LOSSES,
     TASKS,
     CommonWordsTask,
     FrequentWordsTask,
@@ -107,7 +108,7 @@ def test_names_of_tasks_and_groups():
         *(name for name in TASKS if name.startswith("niah")),
         "vt",
     )
-    assert set(find_tasks(["ruler"])) == set(TASKS) - {"passkey", "recall", "loss", "window_loss"}
+    assert set(find_tasks(["ruler"])) == set(TASKS) - {"passkey", "recall", *LOSSES}
     own = (Question("Who?", "Ann", ("Ann came.",)),)
     assert len(find_tasks(["ruler"], [own, own])) == 13
     assert find_tasks(["qa_1"], [own]) == {"qa_1": QuestionTask(own)}

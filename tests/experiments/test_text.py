@@ -6,7 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from experiments.long_context.tasks import NUM_TERMS, TASKS, QuestionTask, Term, TermKind
+from experiments.long_context.tasks import (
+    LOSSES,
+    NUM_TERMS,
+    TASKS,
+    QuestionTask,
+    Term,
+    TermKind,
+)
 from experiments.long_context.text import (
     TextRenderer,
     project_text,
@@ -42,7 +49,10 @@ def test_terms_of_a_kind_differ(kind, form):
     assert len({word(Term(kind, i), form) for i in range(NUM_TERMS)}) == NUM_TERMS
 
 
-@pytest.mark.parametrize("name", TASKS)
+ASKED_BEHIND = [name for name in TASKS if name != "recall" and name not in LOSSES]
+
+
+@pytest.mark.parametrize("name", ASKED_BEHIND)
 @pytest.mark.parametrize("length", [8_000, 12_345])
 def test_texts_are_as_long_as_asked_and_end_with_their_answers(name, length):
     content, example = render(name, length)
@@ -57,6 +67,28 @@ def test_texts_are_as_long_as_asked_and_end_with_their_answers(name, length):
     # Every answer can be read off the text before the question.
     for answer in answers:
         assert answer in text[: example.start - len(question)]
+
+
+def test_recall_asks_on_the_way_for_what_was_said():
+    content, example = render("recall", 9_000)
+    assert 8_800 < len(example.ids) <= 9_000 and len(example.answers) == 8
+    text = text_of(example.ids)
+    facts = dict(re.findall(r" The code of (\S+) is (\S+)\.", text))
+    assert len(facts) == 8
+    for begin, end in example.answers:
+        asked = re.search(r" What is the code of (\S+)\? It is$", text[:begin])
+        answer = text[begin:end].strip()
+        assert facts[asked[1]] == answer
+        assert text.index(f" The code of {asked[1]} is {answer}.") < begin
+    assert {facts[word(key)] for key in content.asked} == {word(v) for v in content.answers}
+
+
+def test_losses_are_of_filler_from_any_place():
+    for name, spans in (("loss", 16), ("window_loss", 1), ("key_loss", 1)):
+        _, example = render(name, 1_003)
+        assert len(example.ids) == 1_003 and len(example.answers) == spans
+        assert example.answers[-1][1] == 1_003
+        assert text_of(example.ids).strip()[:40] in " ".join([ESSAY] * 3)
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
@@ -97,7 +129,7 @@ def test_essays_are_the_user_s_or_the_project_s(tmp_path):
         read_haystack(path)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*ASKED_BEHIND, "recall"])
 def test_what_does_not_fit_is_refused(name):
     with pytest.raises(UserError, match=r"too short .*; give longer --lengths"):
         render(name, 50)

@@ -8,9 +8,9 @@ import pytest
 
 import qwen_jax
 from qwen_jax.config import FarSpec
-from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn import attend as attend_file
+from qwen_jax.nn import ring
 from qwen_jax.nn.cache import init_cache
 from qwen_jax.sharding.axes import as_mesh
 from tests.models.passes import padding, random_ids
@@ -110,12 +110,52 @@ def test_gradients_are_those_of_all_scores_at_once(far, monkeypatch):
     jax.tree.map(close, gradients(), whole)
 
 
-def test_on_a_mesh_of_rows_and_heads(far):
+MESHES = ("data:2,tensor:2", "context:2", "context:4,tensor:2")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_on_a_mesh(far, mesh):
     model, params = far
-    ids = random_ids(model, (2, 20))
+    ids = random_ids(model, (2, 22))
+    mask = padding((22, 13), 22, "right").astype(bool)
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
+    arguments = {"params": params}, ids, mask, positions
+    want = model.apply(*arguments).logits
+    spread = Decoder(model.config, mesh=as_mesh(mesh))
+    got = jax.jit(spread.apply)(*arguments).logits
+    for row, own in enumerate(mask):
+        close(got[row][own], want[row][own])
+
+
+@pytest.mark.parametrize("most_gathered", [0, 1 << 26])
+def test_gradients_where_a_mesh_cuts_the_texts(far, most_gathered, monkeypatch):
+    """Keys that travel round, or are gathered, against one device."""
+    model, params = far
+    monkeypatch.setattr(ring, "_MOST_GATHERED", most_gathered)
+    jax.clear_caches()
+    ids = random_ids(model, (1, 24))
+
+    def gradients(model):
+        def loss(params):
+            return (model.apply({"params": params}, ids).logits ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    spread = Decoder(model.config, mesh=as_mesh("context:4"))
+    jax.tree.map(close, gradients(spread), gradients(model))
+
+
+@pytest.mark.parametrize("prompt", [19, 70])
+def test_a_cache_that_a_mesh_cuts(far, prompt):
+    """A prompt, long ones shared out as well, and tokens one by one, against one device."""
+    model, params = far
+    ids = random_ids(model, (2, prompt + 3))
     want = model.apply({"params": params}, ids).logits
-    spread = Decoder(model.config, mesh=as_mesh("data:2,tensor:2"))
-    close(jax.jit(spread.apply)({"params": params}, ids).logits, want)
-    cut = Decoder(model.config, mesh=as_mesh("context:2"))
-    with pytest.raises(UserError, match="far keys are not rotated along context"):
-        cut.apply({"params": params}, ids)
+    spread = Decoder(model.config, mesh=as_mesh("context:2"))
+    cache = init_cache(model.config, 2, prompt + 9, np.float32, mesh=spread.mesh)
+    apply = jax.jit(spread.apply)
+    out = apply({"params": params}, ids[:, :prompt], cache=cache)
+    close(out.logits, want[:, :prompt])
+    for i in range(prompt, prompt + 3):
+        out = apply({"params": params}, ids[:, i : i + 1], cache=out.cache)
+        close(out.logits[:, 0], want[:, i])

@@ -19,11 +19,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from qwen_jax.nn import attend as attend_file
-from qwen_jax.nn.attend import Mask, attend
+from qwen_jax.nn.attend import Branch, Mask, attend
 from qwen_jax.nn.cache import write_slots
 from qwen_jax.nn.delta_rule import causal_conv, gated_delta_rule, segment_starts
 from qwen_jax.nn.delta_shards import sharded_causal_conv, sharded_delta_rule
-from qwen_jax.nn.dual_chunk import RELATIONS, dual_chunk_attend
+from qwen_jax.nn.dual_chunk import BRANCHES, dual_chunk_attend
 from qwen_jax.nn.kernels import choose
 from qwen_jax.nn.kernels.choose import PLAIN, Kernels
 from qwen_jax.nn.ring import (
@@ -174,8 +174,8 @@ def random_case(parts, T=48, S=None):
     return queries, k, v, mask, scale
 
 
-def relations_of(mask):
-    return (None,) if mask.key_groups is None else RELATIONS
+def branches_of(mask):
+    return (Branch(),) if mask.key_groups is None else BRANCHES
 
 
 def unsharded(queries, k, v, mask, scale):
@@ -202,10 +202,8 @@ def sharded(mesh, method, kernels=PLAIN):
     def function(queries, k, v, mask, scale):
         arguments = laid_out((queries, k, v, mask, scale), mesh)
         masks = axes_of(mask, "BT", "BT")
-        relations = relations_of(mask)
-        call = functools.partial(
-            context_attend, method=method, relations=relations, kernels=kernels
-        )
+        branches = branches_of(mask)
+        call = functools.partial(context_attend, method=method, branches=branches, kernels=kernels)
         mapped = on_mesh(call, mesh, ("BTH", "BTH", "BTH", masks, "BT"), "BTH")
         return in_order(mapped(*arguments), mesh)
 
@@ -299,7 +297,7 @@ def few_queries_over_a_cache(mesh, T, kind):
     mask = mask.replace(query_slots=slots, key_slots=None)
     if mask.query_groups is not None:
         mask = mask.replace(query_groups=slots // 7)
-    call = functools.partial(cache_attend, relations=relations_of(mask))
+    call = functools.partial(cache_attend, branches=branches_of(mask))
     in_axes = "B.H", "BTH", "BTH", axes_of(mask, "B", "BT"), "B"
     mapped = on_mesh(call, mesh, in_axes, "B.H")
     arguments = queries, k, v, mask, scale
@@ -334,7 +332,7 @@ def many_queries_over_a_cache(mesh, method):
             scale,
             axis_name=axis_name,
             method=method,
-            relations=RELATIONS,
+            branches=BRANCHES,
             zigzag_keys=False,
         )
         return k, v, out
@@ -378,7 +376,7 @@ def the_ring_holds_no_whole_text(gradient, dual):
     def largest(method):
         def function(queries, k, v, slots, groups):
             mask = Mask(slots, None, groups, groups, slots, slots, slots, window=1500)
-            call = functools.partial(context_attend, method=method, relations=relations_of(mask))
+            call = functools.partial(context_attend, method=method, branches=branches_of(mask))
             in_axes = "BTH", "BTH", "BTH", axes_of(mask, "BT", "BT")
             return on_mesh(call, "context:8", in_axes, "BTH")(queries, k, v, mask)
 
