@@ -1,6 +1,7 @@
 """Known effects of scalings, each as a difference that is measured or not.
 
-Where they are known from is `../README.md`'s list; small models need not show what large ones do.
+Of large models they are known from the papers that `qwen_jax.rope_scaling` and `nn.rope` name;
+those of small models need not be the same.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ class Effect:
       one, other: what is compared.
       least, most: what the whole interval should lie between.
       task: that it is measured on.
+      otherwise: why it may not be there, of small models.
     """
 
     name: str
@@ -40,10 +42,11 @@ class Effect:
     least: float = 0.0
     most: float = math.inf
     task: str = "recall"
+    otherwise: str = "smaller than these texts can tell"
 
 
-def _more_right(name: str, one: Side, other: Side, least: float = 0.0) -> Effect:
-    return Effect(name, "share", one, other, least)
+def _more_right(name: str, one: Side, other: Side, least: float = 0.0, **fields: str) -> Effect:
+    return Effect(name, "share", one, other, least, **fields)
 
 
 def _more_nats(name: str, one: Side, other: Side) -> Effect:
@@ -52,7 +55,8 @@ def _more_nats(name: str, one: Side, other: Side) -> Effect:
 
 def _dilution(method: str, times: int) -> Effect:
     name = f"attention dilution: {method} with logn answers more, {times}x"
-    return _more_right(name, Side(f"{method} + logn", times), Side(method, times))
+    sides = Side(f"{method} + logn", times), Side(method, times)
+    return _more_right(name, *sides, otherwise="nearly all is right there without it")
 
 
 _TUNED = 2 * FACTOR
@@ -74,7 +78,11 @@ EFFECTS: tuple[Effect, ...] = (
     _more_right("DCA + logn holds where static YaRN has fallen, 8x", Side("DCA + logn", 8),
                 Side("YaRN", 8)),
     _more_right("DCA alone holds where static YaRN has fallen, 8x", Side("DCA", 8),
-                Side("YaRN", 8)),
+                Side("YaRN", 8), otherwise="it has no temperature: its attention is diluted, as "
+                "with logn it is not"),
+    _more_right("DCA with the temperature of YaRN does, 8x", Side("DCA + temperature", 8),
+                Side("YaRN", 8), otherwise="a temperature for all queries of a text is weaker than "
+                "logn at its end"),
     _more_right("ReRoPE + logn holds where static YaRN has fallen, 8x", Side("ReRoPE + logn", 8),
                 Side("YaRN", 8)),
     Effect("a window is flat in loss: within 0.1 nats from 1x to 8x", "nats", Side("window", 8),

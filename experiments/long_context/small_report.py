@@ -136,7 +136,10 @@ def _effect_table(found: Sequence[Finding]) -> str:
     rows = []
     for finding in found:
         measured, expected = _show(finding)
-        rows.append([finding.effect.name, expected, measured, finding.verdict])
+        verdict = finding.verdict
+        if not finding.seen:
+            verdict += f": {finding.effect.otherwise}"
+        rows.append([finding.effect.name, expected, measured, verdict])
     return markdown(["effect", "expected", "difference", "verdict"], rows)
 
 

@@ -28,7 +28,7 @@ from tools.config_flag import from_config
 
 # Of each recipe, what stands behind the colon; of the small ones in an order in which they run.
 FULL = {
-    "pretrain": ("general", "reasoning", "long"),
+    "pretrain": ("general", "reasoning", "long", "64k", "128k", "256k"),
     "sft": ("chats.jsonl",),
     "lora": ("chats.jsonl",),
     "dpo": ("pairs.jsonl", "pairs.jsonl,lora"),
@@ -133,7 +133,7 @@ def test_settings_are_accepted_at_full_size_and_small(recipe, argument):
 
 
 def test_a_stage_that_is_none_is_refused():
-    with pytest.raises(UserError, match="give one of general, reasoning, long"):
+    with pytest.raises(UserError, match="give one of general, reasoning, long, 64k, 128k, 256k"):
         options_of("pretrain", "middle,small")
 
 
@@ -149,6 +149,21 @@ def test_stages_go_on_from_each_other_and_the_last_raises_theta_and_length(train
     model = transformers.AutoModelForCausalLM.from_pretrained(last / "model")
     assert model.config.max_position_embeddings == 1024
     assert model.model.rotary_emb.inv_freq[-1] < 1e-5
+
+
+def test_lengths_and_theta_go_on_as_in_qwen2_5_1m(trained):
+    """Bases of 1, 5 and 10 million for 64k, 128k and 256k tokens (arXiv 2501.15383)."""
+    stages = {name: options_of("pretrain", name) for name in ("64k", "128k", "256k")}
+    assert [(o.data.length, o.changes.rope_theta) for o in stages.values()] == [
+        (65_536, 1e6),
+        (131_072, 5e6),
+        (262_144, 1e7),
+    ]
+    for options in stages.values():
+        assert [source.weight for source in options.data.sources] == [0.75, 0.25]
+    trained.chain("long")
+    after = config_of(trained("64k", "pretrain", "64k,small"))
+    assert (after["rope_theta"], after["max_position_embeddings"]) == (1e6, 2048)
 
 
 def test_adapters_and_fine_tuning_begin_with_what_was_pretrained(trained):
