@@ -14,8 +14,8 @@ RoPE's base raised from 10,000 to 1,000,000. The stages behind it are Qwen2.5-1M
 quarters of them texts of the stage's length and the rest those of the stage before. What each stage
 brings is told by
 
-    python -m experiments.long_context --model=runs/64k/model --tasks=ruler --lengths=32k,64k,128k \\
-        --workdir=results/64k
+    python -m experiments.long_context --model=runs/64k/model --tasks=ruler \\
+        --lengths=32k,64k,128k --workdir=results/64k
 
 Base and length are in the config.json of what a stage leaves. The data are directories that
 `tools.prepare_data` made, mixed by weight: data/general, data/code, data/reasoning, data/long,
