@@ -129,7 +129,9 @@ class Finding:
     @property
     def verdict(self) -> str:
         """In words."""
-        return "seen" if self.seen else "not seen" + ", the reverse is" * self.against
+        if self.seen:
+            return "seen"
+        return "not seen" + ", but its reverse" * self.against
 
 
 def findings(scores: Sequence[Score], ropes: Mapping[str, str], trained: int) -> list[Finding]:

@@ -14,24 +14,21 @@ from experiments.long_context.tasks import LOSSES
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.evaluation.figures import wilson_interval
 
-# A length counts as read while the share of right answers is at least this part of that at the
-# shortest length, as RULER's 85.6% is of a model at its trained length.
+# A length counts as read while the share of right answers is at least this part of the best
+# scaling's at the shortest length, as RULER's 85.6% is of a model at its trained length.
 EFFECTIVE = 0.856
 
 
-def effective_length(shares: dict[int, float]) -> int | None:
-    """The longest length up to which answers stay right, by `EFFECTIVE`; None if nothing is right.
+def effective_length(shares: dict[int, float], whole: float) -> int | None:
+    """The longest length up to which enough answers are right; None where not even at the first.
 
     Args:
       shares: length -> share of right answers.
+      whole: of which `EFFECTIVE` is enough.
     """
-    lengths = sorted(shares)
-    least = EFFECTIVE * shares[lengths[0]]
-    if least == 0:
-        return None
-    reached = lengths[0]
-    for length in lengths[1:]:
-        if shares[length] < least:
+    reached = None
+    for length in sorted(shares):
+        if shares[length] < EFFECTIVE * whole or not whole:
             break
         reached = length
     return reached
@@ -58,8 +55,9 @@ def write_report(
             "",
             _effective_table(asked),
             "",
-            f"A length is reached while right answers are at least {EFFECTIVE:.1%} of those at the "
-            "shortest one. Intervals hold 95%: Wilson's of shares, resampled ones of nats.",
+            f"A length is reached while right answers are at least {EFFECTIVE:.1%} of the best "
+            "scaling's at the shortest one. Intervals hold 95%: Wilson's of shares, resampled ones "
+            "of nats.",
             "",
             "![longest length that is reached](effective.png)",
             "![right answers and nats by length, mean of all tasks](lengths.png)",
@@ -175,10 +173,10 @@ def _effective_table(scores: Sequence[Score]) -> str:
 
 def _reached(scores: Sequence[Score]) -> dict[str, int | None]:
     """Scaling -> the length that it reaches, over all tasks."""
-    return {
-        rope: effective_length(_means(_at(scores, rope=rope), "share"))
-        for rope in _names(scores, "rope")
-    }
+    shares = {rope: _means(_at(scores, rope=rope), "share") for rope in _names(scores, "rope")}
+    shortest = min(s.length for s in scores)
+    whole = max(own.get(shortest, 0) for own in shares.values())
+    return {rope: effective_length(own, whole) for rope, own in shares.items()}
 
 
 def draw_effective(scores: Sequence[Score], path: Path) -> None:
@@ -189,17 +187,17 @@ def draw_effective(scores: Sequence[Score], path: Path) -> None:
     figure = Figure(figsize=(8, 1 + 0.24 * len(reached)), layout="constrained")
     axes = figure.subplots()
     lengths = sorted({s.length for s in scores})
-    least = lengths[0] / 2
-    axes.barh(
-        list(reached), [(r or least) - least for r in reached.values()], left=least, color="C0"
-    )
+    least = lengths[0]
+    bars = [(r or least / 2) - least / 2 for r in reached.values()]
+    axes.barh(list(reached), bars, left=least / 2, color="C0")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(least, lengths[-1] * 1.1)
+    axes.set_xlim(least / 2, lengths[-1] * 1.1)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel=f"longest length with {EFFECTIVE:.1%} of the right answers of {lengths[0]:,}")
+    of = f"{EFFECTIVE:.1%} of the best scaling's right answers at {least:,}"
+    axes.set(xlabel=f"longest length with {of}")
     axes.grid(True, axis="x", alpha=0.3)
     save(figure, path)
 
@@ -213,7 +211,7 @@ def draw_lengths(scores: Sequence[Score], path: Path) -> None:
     """Right answers and nats by length, a line for each scaling, the mean of all tasks."""
     from matplotlib.figure import Figure
 
-    ropes = _names(scores, "rope")
+    ropes, lengths = _names(scores, "rope"), sorted({s.length for s in scores})
     figure = Figure(figsize=(12, max(4.2, 0.18 * len(ropes))), layout="constrained")
     panels = figure.subplots(1, 2)
     for i, rope in enumerate(ropes):
@@ -224,6 +222,8 @@ def draw_lengths(scores: Sequence[Score], path: Path) -> None:
     panels[1].set(ylabel="nats a token of the answers")
     for axes in panels:
         axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axes.minorticks_off()
         axes.set(xlabel="tokens")
         axes.grid(True, alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)

@@ -138,7 +138,7 @@ def _effect_table(found: Sequence[Finding]) -> str:
         measured, expected = _show(finding)
         verdict = finding.verdict
         if not finding.seen:
-            verdict += f": {finding.effect.otherwise}"
+            verdict += f" ({finding.effect.otherwise})"
         rows.append([finding.effect.name, expected, measured, verdict])
     return markdown(["effect", "expected", "difference", "verdict"], rows)
 
@@ -219,9 +219,7 @@ def draw_effects(found: Sequence[Finding], path: Path) -> None:
     axes.set_yticks(range(len(found)), [f.effect.name for f in found], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.6)
-    axes.set(
-        xlabel="difference: share of right answers, or nats; black marks: where it should begin"
-    )
+    axes.set(xlabel="difference: share of right answers, or nats; black: where it should begin")
     axes.grid(True, axis="x", alpha=0.3)
     save(figure, path)
 

@@ -100,7 +100,8 @@ def lower_train(config: ModelConfig, rows: int, length: int, scan: bool) -> jax.
     model, optimiser = Decoder(config), optax.adamw(1e-4)
     step = make_train_step(model, optimiser, TrainOptions(dtype="float32", scan=scan))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    return step.trace(abstract_train_state(model, optimiser), Batch(ids)).lower()
+    state = abstract_train_state(model, optimiser, stacked=scan)
+    return step.trace(state, Batch(ids)).lower()
 
 
 def _abstract_params(config: ModelConfig) -> Any:

@@ -114,9 +114,9 @@ def build_program(job: Job, mesh: Mesh | AbstractMesh) -> Program:
     model = Decoder(config, dispatch=_dispatch(job, mesh), mesh=mesh)
     if job.mode == "train":
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1))
-        state = abstract_train_state(model, optimiser)
+        state = abstract_train_state(model, optimiser, stacked=job.options.scan)
         ids = _abstract((job.batch, job.length), jnp.int32, mesh, *_fitting(job, mesh))
-        step = make_train_step(model, optimiser, job.options)
+        step = make_train_step(model, optimiser, job.options, state)
         parts = {"parameters": state.params, "optimiser": state.opt_state}
         return Program(step, (state, Batch(ids)), parts)
     params = jax.tree.map(

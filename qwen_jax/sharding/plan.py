@@ -29,7 +29,7 @@ from qwen_jax.sharding.jobs import (
     share_filled,
     share_seen,
 )
-from qwen_jax.training.layers import segments
+from qwen_jax.training.stacking import segments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from qwen_jax.training.batch import Batch, targets_of
 from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.divergence import divergence
 from qwen_jax.training.forward import as_computed, forward, output_head
-from qwen_jax.training.layers import Params
 from qwen_jax.training.objective import (
     Metrics,
     Objective,
@@ -23,6 +22,7 @@ from qwen_jax.training.objective import (
     router_metrics,
     share,
 )
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import DTYPES, TrainOptions
 
 # In the state's `beside`: the parameters that are learned from.

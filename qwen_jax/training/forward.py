@@ -12,27 +12,32 @@ from qwen_jax.nn.low_rank import LowRankWeight, cast, merged
 from qwen_jax.nn.tokens import Tokens
 from qwen_jax.training.balancing import RouterSums, sum_routing
 from qwen_jax.training.batch import Batch, follows, real_tokens, shift
-from qwen_jax.training.layers import (
+from qwen_jax.training.layers import rematerialise, run_layers, scan_layers
+from qwen_jax.training.stacking import (
     Params,
-    rematerialise,
-    run_layers,
-    scan_layers,
+    is_stacked,
+    shardings_of,
     stack_layers,
-    stacked_shardings,
+    unstack_layers,
 )
 from qwen_jax.training.step_options import TrainOptions
 
 
 def as_computed(model: Decoder, params: Params, options: TrainOptions) -> Params:
-    """`params` as `forward` takes them: in the step's dtype, stacked where layers are scanned."""
+    """`params` as `forward` takes them: in the step's dtype, stacked where layers are scanned.
+
+    They may lie stacked already, or not.
+    """
     config = model.config
     with jax.named_scope("cast"):
         params = cast(params, options.dtype)
-        if options.scan:
+        if not options.scan:
+            return unstack_layers(params)
+        if not is_stacked(params):
             params = stack_layers(config, params)
-            if model.mesh is not None:
-                places = stacked_shardings(config, model.mesh, params)
-                params = jax.lax.with_sharding_constraint(params, places)
+        if model.mesh is not None:
+            places = shardings_of(config, model.mesh, params)
+            params = jax.lax.with_sharding_constraint(params, places)
     return params
 
 

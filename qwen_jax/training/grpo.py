@@ -18,7 +18,6 @@ from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
 from qwen_jax.training.checks import Bounds, check_fields
-from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
     Metrics,
@@ -29,6 +28,7 @@ from qwen_jax.training.objective import (
     share,
 )
 from qwen_jax.training.rewards import RewardOptions
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 
 Aggregation = Literal["sequence", "token", "fixed"]

@@ -21,9 +21,7 @@ from qwen_jax.training.batch import Batch, check_parts, in_parts
 from qwen_jax.training.data.options import DataOptions
 from qwen_jax.training.data.prompts import PromptRecords
 from qwen_jax.training.grpo import GrpoOptions
-from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
-from qwen_jax.training.partition import combine
 from qwen_jax.training.preference import reference_of
 from qwen_jax.training.rollouts import (
     Rollout,
@@ -32,6 +30,7 @@ from qwen_jax.training.rollouts import (
     roll_out,
     to_learn,
 )
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import TrainState, TrainStep
 
@@ -107,7 +106,7 @@ def make_grpo_step(
 
     def run(state: TrainState, arrays: Arrays) -> tuple[TrainState, Figures]:
         started = time.monotonic()
-        params = combine(state.params, state.frozen)
+        params = state.to_run()
         reference = reference_of(params, state.beside) if options.kl else None
         prompts, own = read_prompts(arrays, records)
         number = int(state.step)
@@ -191,7 +190,7 @@ def params_to_write_with(state: TrainState, dtype: str) -> Params:
     trained = state.params
     if any(leaf.dtype != dtype for leaf in jax.tree.leaves(trained)):
         trained = _as_dtype(trained, dtype)
-    return combine(trained, state.frozen)
+    return state.replace(params=trained).whole()
 
 
 @functools.partial(jax.jit, static_argnums=1)

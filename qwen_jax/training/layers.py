@@ -1,26 +1,16 @@
-"""The decoder's layers as training runs them: stacked and scanned, or one by one; with remat.
+"""The decoder's layers as training runs them: stacked and scanned, or one by one; with remat."""
 
-A scan compiles a layer once, however many there are. Layers differ, so a model is cut into
-segments, each a pattern of layers that repeats; the segment's scan runs over the repeats.
-"""
-
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen_jax.config import ModelConfig
-from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.tokens import Tokens
-from qwen_jax.sharding.axes import parameter_sharding
 from qwen_jax.training.balancing import RouterSums, sum_routing
+from qwen_jax.training.stacking import Params, segments
 
-Params = Mapping[str, Any]
 Remat = Literal["none", "dots", "full"]
 
 # What is kept for the backward pass beside each layer's input.
@@ -28,99 +18,6 @@ _KEPT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Layers from `start` on: a pattern of `period` layers, `repeats` times."""
-
-    start: int
-    period: int
-    repeats: int
-
-    def index(self, repeat: int, place: int) -> int:
-        """The layer at a place of the pattern in one of its repeats."""
-        return self.start + repeat * self.period + place
-
-
-def segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """The segments that have the fewest layers to compile, and of those the fewest segments.
-
-    A layer is what mixes tokens in it, and whether its feed-forward block has experts.
-    """
-    sparse = config.moe.layers if config.moe else ()
-    kinds = [(kind, i in sparse) for i, kind in enumerate(config.layer_types)]
-    count = len(kinds)
-    # For each layer the cost of all from it on, and their segments.
-    best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())] * (count + 1)
-    for start in reversed(range(count)):
-        options = []
-        for period in range(1, count - start + 1):
-            pattern, stop = kinds[start : start + period], start + period
-            while True:
-                compiled, number, rest = best[stop]
-                segment = Segment(start, period, (stop - start) // period)
-                options.append((period + compiled, number + 1, (segment, *rest)))
-                if kinds[stop : stop + period] != pattern:
-                    break
-                stop += period
-        best[start] = min(options, key=lambda option: option[:2])
-    return best[0][2]
-
-
-def stack_layers(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """`params` with the layers of each segment stacked.
-
-    In place of `layers_0`, `layers_1` and so on there is `segments_{s}/layers_{place}` with the
-    leaves of all repeats, [repeats, ...]. Other entries stay.
-
-    Raises:
-      UserError: layers of a segment differ, as where some of them have adapters.
-    """
-    stacked = {key: value for key, value in params.items() if not key.startswith("layers_")}
-    for s, segment in enumerate(segments(config)):
-        places = {}
-        for place in range(segment.period):
-            layers = [params[_layer(segment.index(r, place))] for r in range(segment.repeats)]
-            for r, layer in enumerate(layers):
-                _check_alike(segment.index(0, place), layers[0], segment.index(r, place), layer)
-            places[_layer(place)] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        stacked[f"segments_{s}"] = places
-    return stacked
-
-
-def _check_alike(i: int, one: Params, j: int, other: Params) -> None:
-    """Refuses two layers whose arrays differ in name or shape."""
-
-    def arrays(layer: Params) -> set[tuple[str, tuple[int, ...]]]:
-        leaves = jax.tree_util.tree_leaves_with_path(layer)
-        keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-        return {(keystr(path), leaf.shape) for path, leaf in leaves}
-
-    differing = sorted(arrays(one) ^ arrays(other))
-    if differing or jax.tree.structure(one) != jax.tree.structure(other):
-        what = differing[0][0] if differing else "how a weight is packed"
-        raise UserError(
-            f"layers {i} and {j} cannot be scanned together: {what} is not the same in both; "
-            "give them the same adapters, or set scan to False"
-        )
-
-
-def stacked_shardings(config: ModelConfig, mesh: Mesh, stacked: Params) -> dict[str, Any]:
-    """Where the leaves of `stack_layers` lie: each layer's as by itself."""
-
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        sharding = parameter_sharding(config, mesh, name)
-        if not name.startswith("segments_"):
-            return sharding
-        return NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
-
-    return jax.tree_util.tree_map_with_path(place, stacked)
-
-
-def _layer(index: int) -> str:
-    return f"layers_{index}"
 
 
 def run_layers(
@@ -141,7 +38,7 @@ def run_layers(
     """
     router = []
     for i in range(model.config.num_hidden_layers):
-        x, sums = _layer_function(model, i, remat, in_loop=False)(params[_layer(i)], x, tokens)
+        x, sums = _layer_function(model, i, remat, in_loop=False)(params[f"layers_{i}"], x, tokens)
         if sums is not None:
             router.append(sums)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *router) if router else None
@@ -152,7 +49,7 @@ def scan_layers(
 ) -> tuple[jax.Array, RouterSums | None]:
     """`run_layers` on the parameters of `stack_layers`, by a scan over each segment's repeats."""
     router = []
-    for s, segment in enumerate(segments(model.config)):
+    for segment in segments(model.config):
         layers = [
             _layer_function(model, segment.index(0, place), remat, in_loop=True)
             for place in range(segment.period)
@@ -161,12 +58,13 @@ def scan_layers(
         def body(x, places, layers=layers):
             sums = []
             for place, layer in enumerate(layers):
-                x, own = layer(places[_layer(place)], x, tokens)
+                x, own = layer(places[place], x, tokens)
                 if own is not None:
                     sums.append(own)
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums) if sums else None
 
-        x, sums = jax.lax.scan(body, x, stacked[f"segments_{s}"])
+        places = [stacked[segment.stack(place)] for place in range(segment.period)]
+        x, sums = jax.lax.scan(body, x, places)
         if sums is not None:
             # [repeats, sparse layers of the pattern, ...]
             router.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums))

@@ -13,7 +13,7 @@ from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, on_shards
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
 from qwen_jax.training.forward import as_computed, forward, output_head
-from qwen_jax.training.layers import Params
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.vocabulary import (
     HEAD,

@@ -24,8 +24,8 @@ from qwen_jax.training.forward import (
     output_head,
     router_sums,
 )
-from qwen_jax.training.layers import Params
 from qwen_jax.training.loss import cross_entropy
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 
 Metrics = dict[str, jax.Array]

@@ -11,6 +11,7 @@ import optax
 
 from qwen_jax.errors import UserError
 from qwen_jax.training.checks import Bounds, check_fields
+from qwen_jax.training.stacking import stacked_names
 
 Name = Literal["adamw", "muon", "adafactor"]
 Schedule = Literal["constant", "cosine", "wsd"]
@@ -166,14 +167,31 @@ def make_optimiser(
             rule = optax.partition({_MUON: muon, _ADAMW: adamw}, kinds)
         case "adafactor":
             rule = optax.chain(
+                # Factors the two longest axes, of 128 at least, which a stack's first is not.
                 optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
-                optax.scale_by_param_block_rms(),
+                _layer_by_layer(optax.clip_by_block_rms(1.0)),
+                _layer_by_layer(optax.scale_by_param_block_rms()),
                 *finish,
             )
     if options.clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), rule)
+
+
+def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule without a state that looks at whole arrays, in stacks at those of each layer."""
+
+    def update(updates: Any, params: Any) -> Any:
+        def one(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
+            def run(update: jax.Array, param: jax.Array) -> jax.Array:
+                return rule.update(update, rule.init(param), param)[0]
+
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return (run if stacked_names(name) is None else jax.vmap(run))(update, param)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params)
+
+    return optax.stateless(update)
 
 
 def _scale_to_adamw() -> optax.GradientTransformation:
@@ -191,15 +209,39 @@ def _kind(name: str, leaf: jax.Array) -> str:
 
 
 def _check_patterns(options: OptimiserOptions, params: Mapping[str, Any]) -> None:
-    names = jax.tree.leaves(_by_name(lambda name, _: name, params))
+    names = [name for path in _paths(params) for name in stacked_names(path) or [path]]
     for pattern in options.decay_except:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"decay_except: no parameter's path has {pattern}; one is {names[0]}")
 
 
 def _by_name(function: Callable[[str, Any], Any], params: Any) -> Any:
-    """A tree like `params` of what `function` makes of each path and leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
-        params,
-    )
+    """A tree like `params` of what `function` makes of each path and leaf.
+
+    Of a stack it is what it makes of each layer's.
+
+    Raises:
+      UserError: layers of a stack differ in it.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        layers = stacked_names(name)
+        if layers is None:
+            return function(name, leaf)
+        own = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        first, *others = (function(layer, own) for layer in layers)
+        for layer, other in zip(layers[1:], others, strict=True):
+            if other != first:
+                raise UserError(
+                    f"the optimiser treats {layers[0]} and {layer} in two ways, and they are "
+                    "scanned together; let its patterns be of both, or set step.scan to False"
+                )
+        return first
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _paths(params: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

@@ -11,7 +11,6 @@ from qwen_jax.nn.low_rank import detach, low_rank_weights
 from qwen_jax.training.balancing import RouterSums
 from qwen_jax.training.batch import Batch, targets_of
 from qwen_jax.training.checks import Bounds, check_fields
-from qwen_jax.training.layers import Params
 from qwen_jax.training.log_probs import score
 from qwen_jax.training.objective import (
     Metrics,
@@ -21,6 +20,7 @@ from qwen_jax.training.objective import (
     router_metrics,
     share,
 )
+from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 
 # In the state's `beside`: the parameters that answers are compared with.

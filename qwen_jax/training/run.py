@@ -33,7 +33,7 @@ from qwen_jax.training.grpo_step import make_grpo_evaluation, make_grpo_step
 from qwen_jax.training.loop import train
 from qwen_jax.training.lora import add_adapters, is_adapter
 from qwen_jax.training.optimisers import make_optimiser, make_schedule
-from qwen_jax.training.partition import combine, partition
+from qwen_jax.training.partition import partition
 from qwen_jax.training.placement import in_step, loader_share, to_devices
 from qwen_jax.training.report import draw_curve, known_peak, open_sinks
 from qwen_jax.training.run_options import RunOptions
@@ -227,7 +227,7 @@ def _evaluation(
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = in_step(make_loader(data, tokenizer, *share, goal.eval_form))
         return loss(
-            combine(state.params, state.frozen),
+            state.to_run(),
             (to_devices(batch, model.mesh) for batch in batches),
             state.beside,
         )
@@ -257,9 +257,11 @@ def _state(
     if trained is not None:
         shapes = partition(shapes, trained)[0]
     optimiser = make_optimiser(options.optimiser, steps, shapes)
+    stacked = options.step.scan
     if params is None:
-        return init_train_state(model, optimiser, key=key), optimiser
-    return init_train_state(model, optimiser, params=params, trained=trained), optimiser
+        return init_train_state(model, optimiser, key=key, stacked=stacked), optimiser
+    state = init_train_state(model, optimiser, params=params, trained=trained, stacked=stacked)
+    return state, optimiser
 
 
 def _flops(options: RunOptions, config: ModelConfig, goal: Goal) -> float:
@@ -320,8 +322,8 @@ def _export(options: RunOptions, target: Path, model: Decoder, state: TrainState
     if first:
         shutil.rmtree(target, ignore_errors=True)
     if options.lora is not None:
-        save_adapter(target, model.config, combine(state.params, state.frozen), options.model)
+        save_adapter(target, model.config, state.whole(), options.model)
         return
-    save_pretrained(target, model.config, state.params)
+    save_pretrained(target, model.config, state.whole())
     if first:
         copy_companions(resolve_source(options.tokenizer or options.model, weights=False), target)

@@ -1,9 +1,10 @@
 """The train step: loss, gradients and optax's update, as one compiled function.
 
-Parameters are float32 masters in the tree that `load_pretrained` returns. Each step makes a copy of
-them in the dtype that is computed with, the layers stacked for a scan if so wished, and
-differentiates through it. Parameters that are frozen, beside adapters for one, stay in the dtype
-that they came in, or packed, and have neither gradients nor a place in the optimiser.
+Parameters are float32 masters in the tree that `load_pretrained` returns, or, for steps that scan
+their layers, with these stacked for good: what is compiled for each array outside the scan would
+grow with the layers otherwise. Each step makes a copy of them in the dtype that is computed with,
+and differentiates through it. Parameters that are frozen, beside adapters for one, stay as they
+came, in any dtype or packed, and have neither gradients nor a place in the optimiser.
 """
 
 import dataclasses
@@ -20,11 +21,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
-from qwen_jax.sharding.axes import parameter_shardings
 from qwen_jax.training.batch import in_parts
-from qwen_jax.training.layers import Params
 from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective, check_no_token_losses
 from qwen_jax.training.partition import Trained, combine, partition
+from qwen_jax.training.stacking import (
+    Params,
+    is_stacked,
+    shardings_of,
+    stack_layers,
+    unstack_layers,
+)
 from qwen_jax.training.step_options import TrainOptions
 
 _DEFAULTS = TrainOptions()
@@ -36,10 +42,11 @@ class TrainState:
 
     Attributes:
       step: int32 [], how many updates were made.
-      params: float32, the tree of the model; with frozen ones, None in their places.
+      params: float32, the tree of the model, or of `stack_layers`; with frozen ones, None in their
+        places.
       opt_state: of the optax optimiser.
       frozen: the parameters that are not trained, in any dtype or packed, None in the places of
-        the others; None if all are trained. Steps hand on the same arrays.
+        the others; None if all are trained. Never stacked; steps hand on the same arrays.
       beside: what an objective reads besides, such as the parameters of another model, in any tree
         and dtype; None for nothing. Steps hand on the same arrays.
     """
@@ -50,6 +57,14 @@ class TrainState:
     frozen: Any = None
     beside: Any = None
 
+    def whole(self) -> Params:
+        """All parameters in the tree of the model; what is stacked is copied."""
+        return combine(unstack_layers(self.params), self.frozen)
+
+    def to_run(self) -> Params:
+        """All parameters as evaluations take them, stacked where that spares a copy."""
+        return self.params if self.frozen is None else self.whole()
+
 
 def init_train_state(
     model: Decoder,
@@ -58,6 +73,7 @@ def init_train_state(
     key: jax.Array | None = None,
     params: Params | None = None,
     trained: Trained | None = None,
+    stacked: bool = False,
 ) -> TrainState:
     """The state before the first step, laid out on the model's mesh from the start.
 
@@ -68,9 +84,11 @@ def init_train_state(
       params: to begin with instead, of any float dtype. Those that are trained are copied, so that
         a step's donation leaves them alone; those that are frozen are shared, and never donated.
       trained: of a parameter's slash-separated path, whether it is trained; None for all.
+      stacked: whether layers lie stacked, as is best for steps that scan them.
 
     Raises:
-      UserError: packed parameters, which have no gradients, are to be trained, or none is.
+      UserError: packed parameters, which have no gradients, are to be trained, or none is; or
+        layers are to be stacked that differ.
       ValueError: both a key and parameters, or neither.
     """
     if (key is None) == (params is None):
@@ -92,6 +110,7 @@ def init_train_state(
 
     def start(params: Params) -> TrainState:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        params = stack_layers(model.config, params) if stacked else params
         return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
 
     def draw(key: jax.Array) -> TrainState:
@@ -101,7 +120,7 @@ def init_train_state(
     shardings = None
     if model.mesh is not None:
         shapes = parameter_shapes(model.config) if params is None else _shapes(params)
-        state = _abstract_state(model, optimiser, shapes, _shapes(frozen))
+        state = _abstract_state(model, optimiser, shapes, _shapes(frozen), stacked)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen, shardings.frozen)
         shardings = shardings.replace(frozen=None)
@@ -114,16 +133,17 @@ def abstract_train_state(
     optimiser: optax.GradientTransformation,
     params: Params | None = None,
     trained: Trained | None = None,
+    stacked: bool = False,
 ) -> TrainState:
     """The state as a tree of `jax.ShapeDtypeStruct`, with shardings if the model has a mesh.
 
     Args:
-      model, optimiser, trained: as for `init_train_state`.
+      model, optimiser, trained, stacked: as for `init_train_state`.
       params: or their shapes, where they are not what the config makes: with adapters, or packed.
     """
     shapes = parameter_shapes(model.config) if params is None else _shapes(params)
     parts = (shapes, None) if trained is None else partition(shapes, trained)
-    return _abstract_state(model, optimiser, *parts)
+    return _abstract_state(model, optimiser, *parts, stacked)
 
 
 def _shapes(params: Any) -> Any:
@@ -131,8 +151,14 @@ def _shapes(params: Any) -> Any:
 
 
 def _abstract_state(
-    model: Decoder, optimiser: optax.GradientTransformation, params: Any, frozen: Any = None
+    model: Decoder,
+    optimiser: optax.GradientTransformation,
+    params: Any,
+    frozen: Any,
+    stacked: bool,
 ) -> TrainState:
+    if stacked:
+        params = jax.eval_shape(functools.partial(stack_layers, model.config), params)
     params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(jnp.float32)), params)
     opt_state = jax.eval_shape(optimiser.init, params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
@@ -161,7 +187,7 @@ def _placed(model: Decoder, shapes: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
         shapes,
-        parameter_shardings(model.config, model.mesh, shapes),
+        shardings_of(model.config, model.mesh, shapes),
     )
 
 
@@ -209,8 +235,8 @@ def make_train_step(
       model: what is trained.
       optimiser: of the state.
       options: how a step computes.
-      state: or its shapes, where some parameters are frozen and the model has a mesh: the step
-        lays out what it returns as that is.
+      state: or its shapes, where the model has a mesh and some parameters are frozen or lie
+        stacked: the step lays out what it returns as that is.
       objective: what is made small.
 
     Raises:
@@ -232,12 +258,17 @@ def make_train_step(
     def step(state: TrainState, frozen: Any, beside: Any, batch: Any) -> tuple[TrainState, Metrics]:
         places = None if shardings is None else shardings.params
 
+        # Those that are frozen come as they were loaded.
+        kept = frozen
+        if frozen is not None and is_stacked(state.params):
+            kept = stack_layers(model.config, frozen)
+
         def loss(params: Params, batch: Any, whole: Any) -> tuple[jax.Array, Any]:
-            params = combine(params, frozen)
+            params = combine(params, kept)
             return objective.loss(model, params, batch, options, whole, beside)
 
         def ahead(parts: Any) -> Any:
-            params = combine(state.params, frozen)
+            params = combine(state.params, kept)
             return objective.ahead(model, params, parts, options, beside)
 
         gradients, sums = _gradients(loss, ahead, state.params, batch, options.microbatches, places)

@@ -83,7 +83,7 @@ def test_verdicts_follow_the_interval():
     assert len(found) == 3
     collapse, pi, ntk = found.values()
     assert collapse.seen and collapse.found.mean == pytest.approx(0.9)
-    assert pi.verdict == "not seen, the reverse is"
+    assert pi.verdict == "not seen, but its reverse"
     assert ntk.verdict == "not seen" and ntk.found.mean == 0
 
 
@@ -123,7 +123,7 @@ def test_the_small_report_tells_what_was_made(tmp_path):
     (row,) = [line for line in text.splitlines() if line.startswith("| none collapses")]
     assert "| above 30 | +90 (+90 to +90) points | seen |" in row
     (row,) = [line for line in text.splitlines() if line.startswith("| NTK falls")]
-    assert "| +0 (+0 to +0) points | not seen: smaller than these texts can tell |" in row
+    assert "| +0 (+0 to +0) points | not seen (smaller than these texts can tell) |" in row
     row = "| Qwen1 NTK + logn | 3.78 | 0.10 | 3.58 | - | 3.56 | 0.10 | 4.62 | 0.10 |"
     assert row in text.replace("0.09", "0.10").replace("0.11", "0.10")
     for name in ("effects", "frequencies", "effective", "lengths"):

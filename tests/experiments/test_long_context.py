@@ -119,16 +119,17 @@ def test_options_belong_to_the_scaling_before_them():
 
 
 @pytest.mark.parametrize(
-    ("shares", "reached"),
+    ("shares", "whole", "reached"),
     [
-        ({1: 1.0, 2: 0.9, 4: 0.86, 8: 0.85, 16: 1.0}, 4),
-        ({1: 0.5, 2: 0.428, 4: 0.42}, 2),
-        ({1: 0.5, 2: 0.4}, 1),
-        ({1: 0.0, 2: 1.0}, None),
+        ({1: 1.0, 2: 0.9, 4: 0.86, 8: 0.85, 16: 1.0}, 1.0, 4),
+        ({1: 0.5, 2: 0.428, 4: 0.42}, 0.5, 2),
+        ({1: 0.5, 2: 0.4}, 0.5, 1),
+        ({1: 0.5, 2: 0.4}, 0.6, None),
+        ({1: 0.0, 2: 0.0}, 0.0, None),
     ],
 )
-def test_the_effective_length_ends_before_the_first_that_falls_short(shares, reached):
-    assert effective_length(shares) == reached
+def test_the_effective_length_ends_before_the_first_that_falls_short(shares, whole, reached):
+    assert effective_length(shares, whole) == reached
 
 
 def test_resampled_intervals_are_those_of_the_normal_distribution():

@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 
 import qwen_jax
+from experiments.long_context.measuring import scaled_models
 from experiments.long_context.scoring import Draw, draws, make_example, score
 from experiments.long_context.tasks import TASKS, Example
 from experiments.long_context.text import TextRenderer
+from qwen_jax.inference import likelihood
 from qwen_jax.inference.generation import generate
 from tests.experiments.test_text import ESSAY, Bytes
 from tests.reference import random_reference, save_reference
@@ -52,3 +55,27 @@ def test_draws_are_the_same_for_every_scaling_and_differ_among_themselves():
     assert len(texts) == 18
     again = make_example(renderer, task, wanted[7])
     assert tuple(again.ids) in texts
+
+
+@pytest.mark.parametrize(
+    "rope",
+    (
+        "none",
+        "dca,original=512",
+        "rerope,window=256",
+        "self_extend:8,window=256",
+        "sinks,window=256",
+        "stepped_ntk,original=1024,logn=true,window=256",
+    ),
+)
+def test_memory_is_linear_in_the_length(loaded, rope):
+    """Of a whole pass with its scores; those of 8,192 tokens at once would be 1 GB alone."""
+    model, params = loaded
+    (scaled,) = scaled_models(model, [rope]).values()
+
+    def temporaries(length):
+        ids, mask = np.zeros((1, length), np.int32), np.ones((1, length), bool)
+        lowered = likelihood._forward.lower(scaled, params, ids, mask, ids, ids, mask)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < min(2.2 * temporaries(4096), 100e6)

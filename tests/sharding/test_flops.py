@@ -17,7 +17,7 @@ from qwen_jax.nn.kernels.paged import init_pages, paged_attend
 from qwen_jax.nn.kernels.splash import splash_attend
 from qwen_jax.nn.moe import Dispatch
 from qwen_jax.sharding.flops import analytic_flops, count_flops, extrapolate, seen_pairs
-from qwen_jax.training.layers import segments
+from qwen_jax.training.stacking import segments
 
 # Sides of blocks of scores: of attention block by block, and of plain attention in order.
 BLOCK, ROWS = 256, 128

@@ -10,14 +10,8 @@ import pytest
 
 import qwen_jax
 from qwen_jax.config import LayerKind, MoeSpec
-from qwen_jax.models.decoder import parameter_shapes
-from qwen_jax.training.layers import (
-    Segment,
-    run_layers,
-    scan_layers,
-    segments,
-    stack_layers,
-)
+from qwen_jax.training.layers import run_layers, scan_layers
+from qwen_jax.training.stacking import Segment, segments, stack_layers
 from tests.models.passes import padding, random_ids
 from tests.reference import random_reference, save_reference
 
@@ -106,34 +100,6 @@ def test_segments_cover_the_stack_with_the_fewest_layers_to_compile(dense, seed)
             assert labelled[covered[-1]] == labelled[segment.index(0, place)]
     assert covered == list(range(count))
     assert sum(segment.period for segment in segments(config)) == cost(labelled)
-
-
-@pytest.mark.parametrize("which", ["dense", "hybrid"])
-def test_stacks_hold_each_layer_bit_for_bit(which, request):
-    model, params = request.getfixturevalue(which)
-    stacked = stack_layers(model.config, params)
-    assert not any(key.startswith("layers_") for key in stacked)
-    assert sum(leaf.size for leaf in jax.tree.leaves(stacked)) == sum(
-        leaf.size for leaf in jax.tree.leaves(params)
-    )
-    for s, segment in enumerate(segments(model.config)):
-        for r, place in itertools.product(range(segment.repeats), range(segment.period)):
-            layer = jax.tree.map(lambda a, r=r: a[r], stacked[f"segments_{s}"][f"layers_{place}"])
-            expected = params[f"layers_{segment.index(r, place)}"]
-            jax.tree.map(np.testing.assert_array_equal, layer, expected)
-    others = {name for name in stacked if not name.startswith("segments_")}
-    assert others == {name for name in params if not name.startswith("layers_")}
-    assert all(stacked[name] is params[name] for name in others)
-
-
-def test_stacks_have_a_leaf_for_every_kind_of_layer(hybrid):
-    config = hybrid[0].config
-    # The last, dense one is a pattern of its own, although its attention is like others'.
-    assert segments(config) == (Segment(0, 2, 2), Segment(4, 1, 1))
-    shapes = jax.eval_shape(lambda p: stack_layers(config, p), parameter_shapes(config))
-    weight = shapes["segments_0"]["layers_0"]["linear_attn"]["out_proj"]["weight"]
-    assert weight.shape == (2, 64, 120)
-    assert shapes["segments_1"]["layers_0"]["mlp"]["up_proj"]["weight"].shape == (1, 96, 64)
 
 
 @pytest.mark.parametrize("which", ["dense", "hybrid"])
