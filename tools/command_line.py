@@ -48,7 +48,7 @@ def run(main: Callable[[], None], alone: bool = True) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             sys.exit(f"{error.filename}: cannot be used ({error.strerror}); give another path")
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

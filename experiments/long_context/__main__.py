@@ -25,13 +25,13 @@ from absl import flags
 import qwen_jax
 from configs.models import find_config
 from experiments.long_context import base_bound, frequencies, small_report, small_study
-from experiments.long_context.compare import write_comparison
-from experiments.long_context.measuring import Plan, measure, scaled_models
+from experiments.long_context.compare import Side, write_comparison
+from experiments.long_context.measuring import Plan, check, is_judged, measure, scaled_models
 from experiments.long_context.records import need_scores, read_settings, settle
 from experiments.long_context.report import write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.small_model import SmallModel
-from experiments.long_context.tasks import GROUPS, TASKS, find_tasks
+from experiments.long_context.tasks import GROUPS, TASKS, QuestionTask, find_tasks, reads_essay
 from experiments.long_context.text import (
     TextRenderer,
     project_text,
@@ -181,13 +181,8 @@ def main() -> None:
         names = [name for name, read in _READS.items() if flag.name in [own.name for own in read]]
         if flag.present and study not in names:
             raise UserError(f"--{flag.name} is of --study={' or '.join(names)}; leave it out")
-    if study in ("tasks", "small") and (_COMPARE.value or _REPORT_ONLY.value):
-        scores = need_scores(workdir)
-        if _COMPARE.value is None:
-            print(_report(workdir))
-        else:
-            there = command_line.path(_COMPARE)
-            print(write_comparison(scores, need_scores(there), str(there), workdir))
+    if _COMPARE.present or _REPORT_ONLY.value:
+        _tell(workdir)
         return
     match study:
         case "tasks":
@@ -208,6 +203,45 @@ def _default_study(workdir: Path) -> str:
     if _COMPARE.value or _REPORT_ONLY.value:
         return "small" if _SMALL in read_settings(workdir) else "tasks"
     return "small" if _MODEL.value is None else "tasks"
+
+
+def _tell(workdir: Path) -> None:
+    """What is known from the results that are there."""
+    read = {flag.name: flag for flags_ in _READS.values() for flag in flags_}.values()
+    for flag in read:
+        if flag.present and flag.name not in (_REPORT_ONLY.name, _COMPARE.name):
+            raise UserError(
+                f"--{flag.name} changes nothing of results that are there; leave it out"
+            )
+    if not _COMPARE.present:
+        print(_report(workdir))
+        return
+    if _REPORT_ONLY.value:
+        raise UserError("--report_only and --compare are two things; give one")
+    there = command_line.path(_COMPARE)
+    both = [read_settings(path).get(_SMALL) for path in (workdir, there)]
+    print(write_comparison(*(_side(path, all(both)) for path in (workdir, there)), workdir=workdir))
+
+
+def _side(workdir: Path, named: bool) -> Side:
+    """Results for a comparison; of small models scalings by name and lengths by the trained one."""
+    scores = need_scores(workdir)
+    if not named:
+        return Side(str(workdir), scores, 1)
+    model = _small_model(workdir)
+    return Side(
+        str(workdir),
+        small_report.named_scores(scores, small_study.methods(model)),
+        model.trained,
+    )
+
+
+def _small_model(workdir: Path) -> SmallModel:
+    """That of a workdir's settings."""
+    fields = read_settings(workdir)[_SMALL]
+    if set(fields) != {field.name for field in dataclasses.fields(SmallModel)}:
+        raise UserError(f"{workdir}: its settings are of another version; give another --workdir")
+    return SmallModel(**fields)
 
 
 def _scalings() -> list[frequencies.Scaling]:
@@ -233,7 +267,12 @@ def _model() -> str:
 
 
 def _lengths(default: list[int]) -> list[int]:
-    return default if _LENGTHS.value is None else [_length(text) for text in _LENGTHS.value]
+    if _LENGTHS.value is None:
+        return default
+    found = list(dict.fromkeys(_length(text) for text in _LENGTHS.value))
+    if not found:
+        raise UserError("--lengths is empty; give some, such as 4k,8k")
+    return found
 
 
 def _tasks(default: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -248,40 +287,35 @@ def _run_tasks(workdir: Path) -> None:
     ropes = split_scalings(_ROPE.value or "none")
     for rope in ropes:
         parse_rope_flag(rope)
-    parse_rope_flag(_JUDGE.value)
+    judging = _JUDGE.value
+    if split_scalings(judging) != [judging]:
+        raise UserError(f"--judge={judging} should be one scaling")
+    parse_rope_flag(judging)
     tasks, questions = _tasks(("passkey", "niah_single_2"))
     lengths = _lengths([1024, 2048, 4096])
     essay = None if _HAYSTACK.value is None else read_haystack(command_line.path(_HAYSTACK))
     directory = resolve_source(name)
     tokenizer = qwen_jax.load_tokenizer(directory)
     essay = project_text() if essay is None else essay
+    renderer = TextRenderer(tokenizer, essay)
+    examples = _EXAMPLES.value or 2
+    plan = Plan(tasks, lengths, range(_SEEDS.value), _DEPTHS.value, examples)
+    check(renderer, plan)
     model, params = qwen_jax.load_pretrained(directory, _DTYPE.value, mesh_flag.MESH.value)
     models = scaled_models(model, ropes)
-    (judge,) = scaled_models(model, [_JUDGE.value]).values()
-    examples = _EXAMPLES.value or 2
-    settle(
-        workdir,
-        {
-            "model": name,
-            "depths": _DEPTHS.value,
-            "examples": examples,
-            # The package's own text is another with another version of it.
-            "haystack": _digest(essay),
-            "questions": questions,
-            "judge": _JUDGE.value,
-            "dtype": _DTYPE.value,
-        },
-    )
-    measure(
-        workdir,
-        models,
-        params,
-        TextRenderer(tokenizer, essay),
-        Plan(tasks, lengths, range(_SEEDS.value), _DEPTHS.value, examples),
-        lambda length: _BATCH_SIZE.value,
-        _origin(params["embed_tokens"]["weight"].dtype.name),
-        judge,
-    )
+    (judge,) = scaled_models(model, [judging]).values()
+    dtype = params["embed_tokens"]["weight"].dtype.name
+    settings = {"model": name, "depths": _DEPTHS.value, "examples": plan.examples, "dtype": dtype}
+    # What the tasks read: the package's own text is another with another version of it.
+    if any(reads_essay(task) for task in tasks.values()):
+        settings["haystack"] = _digest(essay)
+    if any(isinstance(task, QuestionTask) for task in tasks.values()):
+        settings["questions"] = questions
+    if any(is_judged(task) for task in tasks.values()):
+        settings["judge"] = judging
+    settle(workdir, settings)
+    batch_size = _BATCH_SIZE.value
+    measure(workdir, models, params, renderer, plan, lambda _: batch_size, _origin(dtype), judge)
     print(_report(workdir))
 
 
@@ -298,7 +332,7 @@ def _run_small(workdir: Path) -> None:
     tasks, _ = _tasks(_SMALL_TASKS)
     lengths = _lengths([model.trained << i for i in range(5)])
     examples = _EXAMPLES.value or 4
-    small_study.check(tasks, lengths)
+    small_study.check(tasks, lengths, _DEPTHS.value)
     settle(
         workdir,
         {_SMALL: dataclasses.asdict(model), "depths": _DEPTHS.value, "examples": examples},
@@ -320,7 +354,7 @@ def _report(workdir: Path) -> str:
     """Writes and returns the report of what is there."""
     scores, settings = need_scores(workdir), read_settings(workdir)
     if _SMALL in settings:
-        return small_report.write_small_report(workdir, SmallModel(**settings[_SMALL]), scores)
+        return small_report.write_small_report(workdir, _small_model(workdir), scores)
     return write_report(scores, f"Long contexts of {settings.get('model', 'a model')}", workdir)
 
 

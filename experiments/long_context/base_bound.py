@@ -103,11 +103,14 @@ def bounds(
     return found
 
 
-def exponent(found: Sequence[Bound]) -> float:
-    """Of the power of the length that the smallest base grows with, by least squares."""
+def exponent(found: Sequence[Bound]) -> float | None:
+    """Of the power of the length that the smallest base grows with, by least squares.
+
+    None where fewer than two lengths are reached.
+    """
     pairs = [(bound.length, bound.first) for bound in found if bound.first is not None]
     if len(pairs) < 2:
-        raise UserError("--lengths: fewer than two of them are reached; give shorter ones")
+        return None
     return float(np.polyfit(*np.log(np.array(pairs).T), 1)[0])
 
 
@@ -165,7 +168,11 @@ def report(found: dict[int, list[Bound]]) -> str:
         for bound in own
     ]
     heads = ["channels", "length", "smallest base", "all from", "published"]
-    powers = ", ".join(f"{exponent(own):.2f} with {dim} channels" for dim, own in found.items())
+    powers = ", ".join(
+        f"{power:.2f} with {dim} channels"
+        for dim, own in found.items()
+        if (power := exponent(own)) is not None
+    )
     return (
         f"{markdown(heads, cells)}\n\nThe smallest base grows with the length to the power of "
         f"{powers}; published is {PUBLISHED_POWER}."

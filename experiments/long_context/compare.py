@@ -1,5 +1,6 @@
 """What is different between the results of two workdirs."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,57 +11,80 @@ from experiments.long_context.tasks import LOSSES
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.errors import UserError
 
-Key = tuple[str, str, int]
+Key = tuple[str, str, float]
 
 
-def write_comparison(
-    here: Sequence[Score], there: Sequence[Score], name: str, workdir: Path
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+      name: of its workdir.
+      scores: its results, scalings as their `--rope` or as their names.
+      unit: tokens that lengths are counted in, 1 or the trained length.
+    """
+
+    name: str
+    scores: Sequence[Score]
+    unit: int
+
+    def by_key(self) -> dict[Key, list[Score]]:
+        """Results by scaling, task and length in units."""
+        found: dict[Key, list[Score]] = {}
+        for s in self.scores:
+            found.setdefault((s.rope, s.task, s.length / self.unit), []).append(s)
+        return found
+
+
+def write_comparison(here: Side, there: Side, workdir: Path) -> str:
     """Writes comparison.md, and returns it: what both have, less what the other has.
 
     Args:
-      here: results of `workdir`.
-      there: of the other one.
-      name: of the other one.
+      here, there: the two.
       workdir: where the table goes.
 
     Raises:
-      UserError: they have no scaling, task and length in common.
+      UserError: they have no scaling, task, length and seed in common.
     """
-    both = {_key(s): None for s in here} & {_key(s): None for s in there}.keys()
-    keys = [key for key in dict.fromkeys(map(_key, here)) if key in both]
-    if not keys:
-        raise UserError(
-            f"{workdir} and {name} have no scaling, task and length in common; give results that do"
-        )
+    sides = here.by_key(), there.by_key()
     rows, texts_differ = [], False
-    for key in keys:
-        own = [[s for s in side if _key(s) == key] for side in (here, there)]
-        digests = [{(s.seed, s.number): s.digest for s in side} for side in own]
-        paired = digests[0] == digests[1]
+    for key, one in sides[0].items():
+        other = sides[1].get(key)
+        if other is None or not {s.seed for s in one} & {s.seed for s in other}:
+            continue
+        paired = _texts(one) == _texts(other)
         texts_differ |= not paired
 
-        def cell(field: str, show: Callable[[float], str], own=own, paired=paired) -> str:
-            sides = [_by_seed(side, field) for side in own]
-            found = difference(*sides, paired)
+        def cell(field: str, show: Callable[[float], str], one=one, other=other, paired=paired):
+            found = difference(_by_seed(one, field), _by_seed(other, field), paired)
             return f"{show(found.mean)} ({show(found.low)} to {show(found.high)})"
 
-        rope, task, length = key
+        rope, task, times = key
+        length = f"{times:g}x" if here.unit > 1 else f"{times:,.0f}"
         right = "-" if task in LOSSES else cell("share", lambda x: f"{100 * x:+.0f}")
-        rows.append([f"`{rope}`", task, f"{length:,}", right, cell("nats", lambda x: f"{x:+.3g}")])
-    heads = ["scaling", "task", "tokens", "right answers, points", "nats"]
-    note = (
+        rows.append([f"`{rope}`", task, length, right, cell("nats", lambda x: f"{x:+.3g}")])
+    if not rows:
+        raise UserError(
+            f"{here.name} and {there.name} have no scaling, task, length and seed in common; give "
+            "results that do"
+        )
+    heads = ["scaling", "task", "length", "right answers, points", "nats"]
+    notes = [
         "Some texts of the two differ, so that their own chance is in the intervals."
         if texts_differ
         else "Both have read the same texts, by which differences are paired."
-    )
-    text = f"# {workdir} less {name}\n\n{markdown(heads, rows)}\n\n{note}\n"
+    ]
+    left = sorted({key[0] for key in sides[0].keys() ^ sides[1].keys()})
+    if left:
+        notes.append(f"In one of the two only, at some length or task: {', '.join(left)}.")
+    notes = "\n".join(notes)
+    text = f"# {here.name} less {there.name}\n\n{markdown(heads, rows)}\n\n{notes}\n"
     replace(workdir / "comparison.md", text)
     return text
 
 
-def _key(score: Score) -> Key:
-    return score.rope, score.task, score.length
+def _texts(scores: Sequence[Score]) -> dict[tuple[int, int], str]:
+    return {(s.seed, s.number): s.digest for s in scores}
 
 
 def _by_seed(scores: Sequence[Score], field: str) -> dict[int, dict[int, float]]:

@@ -24,12 +24,12 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A difference `one` less `other`, and where it should lie.
+    """A figure, or a difference `one` less `other`, and where it should lie.
 
     Attributes:
       name: of what is claimed.
       field: "share" of right answers or "nats".
-      one, other: what is compared.
+      one, other: what is compared; None for a figure by itself.
       least, most: what the whole interval should lie between.
       task: that it is measured on.
       otherwise: why it may not be there, of small models.
@@ -38,7 +38,7 @@ class Effect:
     name: str
     field: str
     one: Side
-    other: Side
+    other: Side | None
     least: float = 0.0
     most: float = math.inf
     task: str = "recall"
@@ -91,6 +91,8 @@ EFFECTS: tuple[Effect, ...] = (
            Side("sinks", 1), -0.1, 0.1, "loss"),
     _more_right("a window forgets: of its recall 30 points are lost from 1x to 8x",
                 Side("window", 1), Side("window", 8), 0.3),
+    Effect("a window is near chance at 8x: of 16 windows it sees one", "share",
+           Side("window", 8), None, -1, 0.15),
     _more_nats("Qwen1's order at 4x: none above its NTK", Side("none", 4), Side("Qwen1 NTK", 4)),
     _more_nats("Qwen1's order at 4x: NTK above NTK with logn", Side("Qwen1 NTK", 4),
                Side("Qwen1 NTK + logn", 4)),
@@ -109,8 +111,6 @@ class Finding:
     Attributes:
       effect: the effect.
       found: the difference.
-      seen: whether the whole interval lies where the effect has it.
-      reversed: whether none of it does.
     """
 
     effect: Effect
@@ -158,8 +158,9 @@ def findings(scores: Sequence[Score], ropes: Mapping[str, str], trained: int) ->
 
     found = []
     for effect in EFFECTS:
-        one, other = side(effect, effect.one), side(effect, effect.other)
-        if one and other:
-            paired = effect.one.times == effect.other.times
+        one = side(effect, effect.one)
+        other = effect.other and side(effect, effect.other)
+        if one and (other or effect.other is None) and (not other or one.keys() & other.keys()):
+            paired = other is not None and effect.one.times == effect.other.times
             found.append(Finding(effect, difference(one, other, paired)))
     return found

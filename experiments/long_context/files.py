@@ -39,6 +39,11 @@ def replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def line_style(i: int) -> dict[str, str]:
+    """Of the i-th of many lines of a picture."""
+    return {"linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}"}
+
+
 def save(figure: "Figure", path: Path) -> None:
     """The same of a picture, as a PNG."""
     temporary = path.with_name(f"{path.name}.tmp")

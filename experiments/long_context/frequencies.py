@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.long_context.files import replace, save, write_records
+from experiments.long_context.files import line_style, replace, save, write_records
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
@@ -153,8 +153,7 @@ def draw(found: Sequence[Scaling], path: Path) -> None:
     axes = figure.add_subplot()
     for i, scaling in enumerate(found):
         shares = [scaled / plain for plain, scaled in scaling.frequencies]
-        style = ("-", "--", ":")[i // 10 % 3]
-        axes.plot(shares, style, label=scaling.rope, color=f"C{i % 10}")
+        axes.plot(shares, label=scaling.rope, **line_style(i))
     plain = [pair[0] for pair in found[0].frequencies]
     first = sum(frequency * found[0].trained >= 2 * math.pi for frequency in plain)
     axes.axvspan(first - 0.5, len(plain) - 0.5, alpha=0.12, color="grey")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.stats
 
 _RESAMPLES = 1000
 
@@ -28,35 +29,42 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-def difference(one: BySeed, other: BySeed, paired: bool, seed: int = 0) -> Estimate:
-    """The mean of `one` less that of `other`, models and texts of each resampled.
+def difference(one: BySeed, other: BySeed | None, paired: bool, seed: int = 0) -> Estimate:
+    """The mean of `one` less that of `other`, over models of the same seeds.
 
-    A seed is a model of its own, so that seeds are resampled first; with few of them the interval
-    is a rough one. The two are of the same models.
+    The interval is the wider of two: Student's of the seeds' own means, each a model, and of the
+    texts by resampling them. Of one seed it is that of the texts alone.
 
     Args:
-      one, other: figures by seed and text, of the same seeds.
+      one, other: figures by seed and text; None for nothing that is taken off.
       paired: whether both have the same texts, which are then resampled together.
       seed: of the resampling.
+
+    Raises:
+      ValueError: they have no seed in common.
     """
     rng = np.random.default_rng(seed)
-    columns = []
-    for number in sorted(one.keys() & other.keys()):
-        a, b = one[number], other[number]
-        if paired:
-            texts = sorted(a.keys() & b.keys())
-            own = np.array([a[text] - b[text] for text in texts])
-            picks = rng.integers(len(own), size=(_RESAMPLES, len(own)))
-            columns.append((own.mean(), own[picks].mean(axis=1)))
-            continue
-        sides = [np.array(list(side.values())) for side in (a, b)]
-        means = [
-            side[rng.integers(len(side), size=(_RESAMPLES, len(side)))].mean(axis=1)
-            for side in sides
+    seeds = sorted(one.keys() if other is None else one.keys() & other.keys())
+    if not seeds:
+        raise ValueError("there is no seed in common")
+    means, drawn = [], []
+    for number in seeds:
+        sides = [one[number]] if other is None else [one[number], other[number]]
+        if paired and other is not None:
+            texts = sorted(sides[0].keys() & sides[1].keys())
+            arrays = [np.array([sides[0][text] - sides[1][text] for text in texts])]
+        else:
+            arrays = [np.array(list(side.values())) for side in sides]
+        resampled = [
+            array[rng.integers(len(array), size=(_RESAMPLES, len(array)))].mean(axis=1)
+            for array in arrays
         ]
-        columns.append((sides[0].mean() - sides[1].mean(), means[0] - means[1]))
-    drawn = np.stack([column for _, column in columns])
-    seeds = rng.integers(len(columns), size=(len(columns), _RESAMPLES))
-    resampled = drawn[seeds, np.arange(_RESAMPLES)].mean(axis=0)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Estimate(float(np.mean([mean for mean, _ in columns])), float(low), float(high))
+        whole = [array.mean() for array in arrays]
+        means.append(whole[0] - sum(whole[1:]))
+        drawn.append(resampled[0] - sum(resampled[1:]))
+    mean = float(np.mean(means))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    if len(means) > 1:
+        half = scipy.stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
+        low, high = min(low, mean - half), max(high, mean + half)
+    return Estimate(mean, float(low), float(high))

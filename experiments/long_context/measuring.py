@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from experiments.long_context.key_tokens import key_spans
-from experiments.long_context.records import add_scores, read_scores
+from experiments.long_context.records import add_scores, cut_tail, read_scores
 from experiments.long_context.scoring import Draw, Score, draws, make_example, score
 from experiments.long_context.tasks import Example, LossTask, Renderer, Task
 from qwen_jax.models.decoder import Decoder
@@ -39,6 +39,17 @@ class Plan:
     def places(self) -> list[float]:
         """Of the needle, as shares of the text."""
         return [0.5] if self.depths == 1 else np.linspace(0, 1, self.depths).tolist()
+
+
+def check(renderer: Renderer, plan: Plan) -> None:
+    """Checks that texts of all tasks can be made, before any work.
+
+    Raises:
+      UserError: a task that the renderer cannot make a text of, or a length that does not hold it.
+    """
+    for name, task in plan.tasks.items():
+        for length in (min(plan.lengths), max(plan.lengths)):
+            make_example(renderer, task, draws(name, length, plan.places, plan.seeds, 1)[0])
 
 
 def scaled_models(model: Decoder, ropes: Sequence[str]) -> dict[str, Decoder]:
@@ -78,6 +89,7 @@ def measure(
     Returns:
       All results of the workdir.
     """
+    cut_tail(workdir)
     done = {(s.rope, s.task, s.length, s.seed, s.number) for s in read_scores(workdir)}
     units = [(name, length) for length in sorted(plan.lengths) for name in plan.tasks]
     total = len(units) * len(models)
@@ -91,7 +103,7 @@ def measure(
             }
             needed = dict.fromkeys(draw for own in left.values() for draw in own)
             texts = {draw: make_example(renderer, task, draw) for draw in needed}
-            if isinstance(task, LossTask) and task.judged:
+            if is_judged(task):
                 texts = _judged(texts, judge, params, rows)
             for rope, model in models.items():
                 bar.set_postfix_str(f"{name} {length} {rope}")
@@ -101,6 +113,11 @@ def measure(
                     add_scores(workdir, found, origin)
                 bar.update()
     return read_scores(workdir)
+
+
+def is_judged(task: Task) -> bool:
+    """Whether a judge tells what of a task's texts is scored."""
+    return isinstance(task, LossTask) and task.judged
 
 
 def _judged(

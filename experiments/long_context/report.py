@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.long_context.files import replace, save, write_records
+from experiments.long_context.files import line_style, replace, save, write_records
 from experiments.long_context.intervals import bootstrap_interval
 from experiments.long_context.scoring import Score
 from experiments.long_context.tasks import LOSSES
@@ -46,7 +46,7 @@ def write_report(
       before: lines in front of its tables.
     """
     lines = [f"# {title}", "", *before]
-    asked = [s for s in scores if s.task not in LOSSES]
+    asked = in_common([s for s in scores if s.task not in LOSSES])
     if asked:
         draw_effective(asked, workdir / "effective.png")
         draw_lengths(asked, workdir / "lengths.png")
@@ -74,6 +74,14 @@ def write_report(
     return text
 
 
+def in_common(scores: Sequence[Score]) -> list[Score]:
+    """Those of tasks that a scaling has at every length at which it has any; maybe none."""
+    asked = {(s.rope, s.length) for s in scores}
+    has = {(s.task, s.rope, s.length) for s in scores}
+    whole = {task for task in _names(scores, "task") if all((task, *pair) in has for pair in asked)}
+    return [s for s in scores if s.task in whole]
+
+
 def _row(score: Score) -> dict[str, object]:
     row = dataclasses.asdict(score)
     del row["by_place"]
@@ -82,7 +90,7 @@ def _row(score: Score) -> dict[str, object]:
 
 def _places(scores: Sequence[Score]) -> list[dict[str, object]]:
     """Of every answer its place and nats."""
-    fields = ("rope", "task", "length", "seed", "number")
+    fields = ("rope", "task", "length", "depth", "seed", "number")
     return [
         {**{name: getattr(s, name) for name in fields}, "place": place, "nats": nats}
         for s in scores
@@ -105,7 +113,9 @@ def _asked_lines(own: list[Score], workdir: Path) -> list[str]:
 def _loss_lines(own: list[Score], task: str, workdir: Path) -> list[str]:
     lines = ["Nats a token:", "", _table(own, _nats_cell), ""]
     lines += ["Perplexity:", "", _table(own, _perplexity_cell), ""]
-    if any(len(s.by_place) > 1 for s in own):
+    # Where parts of texts are the same ones.
+    longest = [s for s in own if s.length == max(s.length for s in own)]
+    if len({tuple(place for place, _ in s.by_place) for s in longest}) == 1 < len(own[0].by_place):
         picture = f"positions_{task}.png"
         draw_positions(own, workdir / picture)
         lines += [f"![nats by position in the text]({picture})", ""]
@@ -176,7 +186,10 @@ def _reached(scores: Sequence[Score]) -> dict[str, int | None]:
     shares = {rope: _means(_at(scores, rope=rope), "share") for rope in _names(scores, "rope")}
     shortest = min(s.length for s in scores)
     whole = max(own.get(shortest, 0) for own in shares.values())
-    return {rope: effective_length(own, whole) for rope, own in shares.items()}
+    return {
+        rope: effective_length(own, whole) if shortest in own else None
+        for rope, own in shares.items()
+    }
 
 
 def draw_effective(scores: Sequence[Score], path: Path) -> None:
@@ -202,11 +215,6 @@ def draw_effective(scores: Sequence[Score], path: Path) -> None:
     save(figure, path)
 
 
-def _style(i: int) -> dict[str, str]:
-    """Of the i-th of many lines."""
-    return {"linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}"}
-
-
 def draw_lengths(scores: Sequence[Score], path: Path) -> None:
     """Right answers and nats by length, a line for each scaling, the mean of all tasks."""
     from matplotlib.figure import Figure
@@ -217,7 +225,7 @@ def draw_lengths(scores: Sequence[Score], path: Path) -> None:
     for i, rope in enumerate(ropes):
         for axes, field in zip(panels, ("share", "nats"), strict=True):
             means = _means(_at(scores, rope=rope), field)
-            axes.plot(means.keys(), means.values(), marker="o", label=rope, **_style(i))
+            axes.plot(means.keys(), means.values(), marker="o", label=rope, **line_style(i))
     panels[0].set(ylabel="right answers", ylim=(-0.03, 1.03))
     panels[1].set(ylabel="nats a token of the answers")
     for axes in panels:
@@ -244,7 +252,7 @@ def draw_positions(scores: Sequence[Score], path: Path) -> None:
             for place, nats in s.by_place:
                 by_place.setdefault(place, []).append(nats)
         at = [place * longest for place in by_place]
-        axes.plot(at, [np.mean(own) for own in by_place.values()], label=rope, **_style(i))
+        axes.plot(at, [np.mean(own) for own in by_place.values()], label=rope, **line_style(i))
     axes.set(xlabel=f"position in texts of {longest:,} tokens", ylabel="nats a token")
     axes.grid(True, alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=7)

@@ -1,8 +1,9 @@
 """How a model answers: teacher-forced, so that one pass tells what greedy decoding would write.
 
 All tokens of an answer are the likeliest, each after the right ones before it, exactly where greedy
-decoding writes that answer. The negative log-likelihood beside it tells models apart that are all
-right or all wrong.
+decoding writes that answer. Scalings that go by the length of a text, however, have that of the
+whole text here, which matters for answers that do not stand at its end. The negative log-likelihood
+beside it tells models apart that are all right or all wrong.
 """
 
 import dataclasses
@@ -14,8 +15,12 @@ from typing import Any
 import numpy as np
 
 from experiments.long_context.tasks import WITH_DEPTH, Example, Renderer, Task
+from qwen_jax.errors import UserError
 from qwen_jax.inference.likelihood import token_likelihoods
 from qwen_jax.models.decoder import Decoder
+
+# Tokens that a text may always be short of, such as those of a sentence.
+_FEW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Score:
       right: whether all answers are what greedy decoding writes.
       share: of the answers that are, each after the right ones before it.
       nats: negative log-likelihood of a token of the answers, their mean.
-      digest: of the text's tokens, the same for every scaling.
+      digest: of the text's tokens and what of them is scored, the same for every scaling.
       by_place: of each answer where it begins, as a share of the text, and its own nats a token.
     """
 
@@ -84,10 +89,21 @@ def draws(
 
 
 def make_example(renderer: Renderer, task: Task, draw: Draw) -> Example:
-    """The text of a draw; it depends on nothing else but the task, the tokenizer and the filler."""
+    """The text of a draw; it depends on nothing else but the task, the tokenizer and the filler.
+
+    Raises:
+      UserError: the renderer cannot fill a text of that length.
+    """
     name = f"{draw.task} {draw.length} {draw.seed} {draw.number}"
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
-    return renderer.render(task.draw(rng, draw.depth), draw.length, rng)
+    example = renderer.render(task.draw(rng, draw.depth), draw.length, rng)
+    missing = draw.length - len(example.ids)
+    if missing > max(draw.length // 10, _FEW):
+        raise UserError(
+            f"--tasks={draw.task}: what there is fills {len(example.ids)} of {draw.length} tokens; "
+            "give shorter --lengths, or more documents or words"
+        )
+    return example
 
 
 def score(
@@ -134,9 +150,14 @@ def score(
             right=all(rights),
             share=float(np.mean(rights)),
             nats=float(np.concatenate([nats[answer] for answer in answers]).mean()),
-            digest=hashlib.sha256(np.array(example.ids, np.int32).tobytes()).hexdigest()[:16],
+            digest=_digest(example),
             by_place=tuple(
                 (round(begin / length, 4), round(float(nats[answer].mean()), 5))
                 for (begin, _), answer in zip(example.answers, answers, strict=True)
             ),
         )
+
+
+def _digest(example: Example) -> str:
+    numbers = [*example.ids, *(place for span in example.answers for place in span)]
+    return hashlib.sha256(np.array(numbers, np.int32).tobytes()).hexdigest()[:16]

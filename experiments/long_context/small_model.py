@@ -29,6 +29,7 @@ from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_
 from qwen_jax.training.report import ReportOptions, open_sinks
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import init_train_state, make_train_step
+from tools import command_line
 
 # Of Qwen3: its base and the length that it was trained at, before YaRN (arXiv 2505.09388).
 _LIKE_BASE, _LIKE_TRAINED = 1e6, 32_768
@@ -284,7 +285,7 @@ def _train(
     options = dataclasses.replace(options, warmup_steps=warmup)
     optimiser = make_optimiser(options, len(texts), params)
     with Checkpoints(directory, keep=1) as checkpoints:
-        state, _ = train(
+        state, done = train(
             make_train_step(model, optimiser, _STEP),
             init_train_state(model, optimiser, params=params),
             iter(grain.MapDataset.source(texts).to_iter_dataset()),
@@ -294,6 +295,8 @@ def _train(
             schedule=make_schedule(options, len(texts)),
             evaluate=None if measure is None else lambda state: measure(state.params),
         )
+    # What comes next would take a model for what it is not yet.
+    command_line.leave_if_stopped(done, steps)
     return state.params
 
 

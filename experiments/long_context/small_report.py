@@ -16,11 +16,9 @@ from experiments.long_context.small_study import (
     FACTOR,
     LANGUAGE,
     LEARNED,
-    Adapting,
-    Gate,
+    Trained,
     methods,
-    read_adapting,
-    read_gates,
+    read_trained,
 )
 from qwen_jax.benchmark.report import markdown
 
@@ -40,9 +38,10 @@ _ZERO_SHOT = ("dynamic YaRN", "YaRN", "NTK", "PI", "none")
 def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]) -> str:
     """Writes the report of a workdir of the study, with its tables and pictures; returns it."""
     ropes = methods(model)
-    gates, adapting = read_gates(workdir), read_adapting(workdir, model)
-    found = findings(scores, ropes, model.trained)
-    learned = all(gate.recall >= LEARNED for gate in gates)
+    models = read_trained(workdir)
+    learned = {own.seed for own in models if own.learned}
+    # Of others nothing is said.
+    found = findings([s for s in scores if s.seed in learned], ropes, model.trained)
     scaled = frequencies.scalings(
         model.config(LANGUAGE), list(ropes.values()), model.trained, FACTOR * model.trained
     )
@@ -57,13 +56,13 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
         "",
         "## What the models have learned",
         "",
-        _gate_table(gates),
+        _models_table(models),
         "",
     ]
-    if not learned:
+    if len(learned) < len(models) or not models:
         lines += [
-            f"**A model recalls less than {LEARNED:.0%} at its trained length: nothing below says "
-            "anything of scalings. Give more --train_steps.**",
+            f"**A model recalls less than {LEARNED:.0%} at its trained length, and is left out of "
+            "the effects. Give more --train_steps.**",
             "",
         ]
     lines += [
@@ -72,8 +71,13 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
         _effect_table(found),
         "",
         "Differences of right answers are in points, of nats in nats a token; an effect is seen "
-        "where its whole interval lies where the effect has it. Intervals hold 95%, seeds and "
-        f"texts resampled{'; of one seed they tell nothing of other models' * (len(gates) == 1)}.",
+        "where its whole interval lies where the effect has it. "
+        + (
+            f"Intervals hold 95%: the wider of Student's of {len(learned)} models and of the texts."
+            if len(learned) > 1
+            else "Intervals are of the texts alone: of one model they tell nothing of others."
+        )
+        + " Those in the tables below are of texts, all models' together.",
         "",
         "![differences with their intervals](effects.png)",
         "",
@@ -86,25 +90,27 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
         _qwen1_table(scores, ropes, model.trained),
         "",
     ]
-    if adapting:
+    if any(own.adapting for own in models):
         lines += [
             f"## Fine-tuning at {FACTOR * model.trained} tokens",
             "",
-            _adapting_table(adapting, ropes),
+            _adapting_table(models, ropes),
             "",
             "![recall by steps of fine-tuning](adapting.png)",
             "",
         ]
-        draw_adapting(adapting, ropes, workdir / "adapting.png")
+        draw_adapting(models, ropes, workdir / "adapting.png")
     names = [f"| {name} | `{rope}` |" for name, rope in ropes.items()]
     lines += ["## Scalings", "", "| name | --rope |", "|---|---|", *names, ""]
     lines += ["![frequency by pair of each](frequencies.png)", ""]
     # Reports read better by names than by what a command line needs.
-    named = _named(scores, ropes)
-    return write_report(named, "Long contexts of small models", workdir, lines)
+    return write_report(
+        named_scores(scores, ropes), "Long contexts of small models", workdir, lines
+    )
 
 
-def _named(scores: Sequence[Score], ropes: dict[str, str]) -> list[Score]:
+def named_scores(scores: Sequence[Score], ropes: dict[str, str]) -> list[Score]:
+    """Scores whose scalings are called as reports call them."""
     names = {rope: name for name, rope in ropes.items()}
     found = []
     for score in scores:
@@ -113,10 +119,10 @@ def _named(scores: Sequence[Score], ropes: dict[str, str]) -> list[Score]:
     return found
 
 
-def _gate_table(gates: Sequence[Gate]) -> str:
+def _models_table(models: Sequence[Trained]) -> str:
     rows = [
-        [str(g.seed), str(g.tries), f"{g.recall:.1%}", "yes" if g.recall >= LEARNED else "**no**"]
-        for g in gates
+        [str(m.seed), str(m.tries), f"{m.recall:.1%}", "yes" if m.learned else "**no**"]
+        for m in models
     ]
     heads = ["seed", "draws", "recall at the trained length", f"at least {LEARNED:.0%}"]
     return markdown(heads, rows)
@@ -129,6 +135,8 @@ def _show(finding: Finding) -> tuple[str, str]:
     e, f = finding.effect, finding.found
     mean, low, high, least, most = (scale * x for x in (f.mean, f.low, f.high, e.least, e.most))
     expected = f"above {least:g}" if not np.isfinite(most) else f"{least:g} to {most:g}"
+    if e.other is None:
+        expected = f"below {most:g}"
     return f"{mean:+{digits}} ({low:+{digits}} to {high:+{digits}}){unit}", expected
 
 
@@ -190,16 +198,25 @@ def _qwen1_table(scores: Sequence[Score], ropes: dict[str, str], trained: int) -
     return markdown(["scaling", *heads], rows)
 
 
-def _adapting_table(adapting: Sequence[Adapting], ropes: dict[str, str]) -> str:
+def _adapting_table(models: Sequence[Trained], ropes: dict[str, str]) -> str:
     names = {rope: name for name, rope in ropes.items()}
     rows = []
-    for rope in dict.fromkeys(a.rope for a in adapting):
-        own = [a for a in adapting if a.rope == rope]
-        last = own[0].recall[-1][0]
-        steps = ", ".join(f"> {last}" if a.steps is None else str(a.steps) for a in own)
-        ends = ", ".join(f"{a.recall[-1][1]:.0%}" for a in own)
-        rows.append([names[rope], steps, ends])
-    heads = ["scaling", f"steps to {LEARNED:.0%} of recall, each seed", "recall at the end"]
+    for rope in dict.fromkeys(rope for own in models for rope in own.adapting):
+        own = [m for m in models if rope in m.adapting]
+        steps = [m.steps(rope) for m in own]
+        ends = [m.adapting[rope][-1] for m in own]
+        told = ", ".join(
+            f"> {end}" if step is None else str(step)
+            for step, (end, _) in zip(steps, ends, strict=True)
+        )
+        before = ", ".join(f"{m.adapting[rope][0][1]:.0%}" for m in own)
+        rows.append([names[rope], before, told, ", ".join(f"{share:.0%}" for _, share in ends)])
+    heads = [
+        "scaling",
+        "recall before, each seed",
+        f"steps from which on it is {LEARNED:.0%}",
+        "recall at the end",
+    ]
     return markdown(heads, rows)
 
 
@@ -224,21 +241,18 @@ def draw_effects(found: Sequence[Finding], path: Path) -> None:
     save(figure, path)
 
 
-def draw_adapting(adapting: Sequence[Adapting], ropes: dict[str, str], path: Path) -> None:
+def draw_adapting(models: Sequence[Trained], ropes: dict[str, str], path: Path) -> None:
     """Recall at the longer length by steps of fine-tuning, a line for each seed."""
     from matplotlib.figure import Figure
 
     names = {rope: name for name, rope in ropes.items()}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, rope in enumerate(dict.fromkeys(a.rope for a in adapting)):
-        for j, own in enumerate(a for a in adapting if a.rope == rope):
-            axes.plot(
-                *zip(*own.recall, strict=True),
-                color=f"C{i}",
-                marker=".",
-                label=None if j else names[rope],
-            )
+    for i, rope in enumerate(dict.fromkeys(rope for own in models for rope in own.adapting)):
+        for j, own in enumerate(m for m in models if rope in m.adapting):
+            pairs = zip(*own.adapting[rope], strict=True)
+            label = None if j else names[rope]
+            axes.plot(*pairs, color=f"C{i}", marker=".", label=label)
     axes.axhline(LEARNED, color="black", linewidth=0.6, linestyle=":")
     axes.set(xlabel="steps of fine-tuning", ylabel="right answers", ylim=(-0.03, 1.03))
     axes.grid(True, alpha=0.3)

@@ -1,20 +1,21 @@
 """All scalings on small models that the study trains itself: minutes on two cores.
 
 For each seed a model is trained, asked what it has learned at its trained length, read with every
-scaling at up to 16 times that, and fine-tuned for a few steps with four of them.
+scaling at up to 16 times that, and fine-tuned for a few steps with some of them.
 """
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tqdm
 
 from experiments.long_context.files import replace
-from experiments.long_context.measuring import Plan, measure, scaled_models
+from experiments.long_context.measuring import Plan, is_judged, measure, scaled_models
+from experiments.long_context.measuring import check as check_texts
 from experiments.long_context.scoring import Score
 from experiments.long_context.small_model import (
     SmallModel,
@@ -24,11 +25,12 @@ from experiments.long_context.small_model import (
     same_regime_beta_fast,
     train_from_scratch,
 )
-from experiments.long_context.tasks import LossTask, Task
+from experiments.long_context.tasks import Task
 from experiments.long_context.tokens import Language, TokenRenderer
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.report import read_log
+from tools.jsonl_rows import read_rows
 
 # Recall at the trained length from which a model's answers beyond it say something.
 LEARNED = 0.95
@@ -38,6 +40,8 @@ _FORMED, _TRIES = 0.9, 3
 FACTOR = 4
 _FINE_TUNING_STEPS, _BETWEEN = 60, 5
 _RECALL_TEXTS = 16
+# Of each seed's model, a line.
+_MODELS = "models.jsonl"
 # Of the fine-tuned, in the results.
 TUNED = " (fine-tuned)"
 
@@ -90,52 +94,48 @@ FINE_TUNED = ("none", "PI", "NTK", "YaRN", "ABF")
 
 
 @dataclasses.dataclass(frozen=True)
-class Gate:
-    """What a seed's model has learned before any scaling.
+class Trained:
+    """A seed's model: what it has learned before any scaling, and how fast it adapts to each.
 
     Attributes:
       seed: of the model.
       tries: draws of its parameters, the last of which is the model.
       recall: share of right answers at the trained length.
+      adapting: scaling -> pairs of the steps of fine-tuning and the share of right answers at the
+        longer length, from before the first step on.
     """
 
     seed: int
     tries: int
     recall: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapting:
-    """How fast fine-tuning with a scaling learns recall at the longer length.
-
-    Attributes:
-      rope: the scaling.
-      seed: of the model.
-      recall: pairs of the steps made and the share of right answers.
-    """
-
-    rope: str
-    seed: int
-    recall: tuple[tuple[int, float], ...]
+    adapting: Mapping[str, Sequence[tuple[int, float]]]
 
     @property
-    def steps(self) -> int | None:
-        """The first at which enough is right; None for never."""
-        return next((step for step, share in self.recall if share >= LEARNED), None)
+    def learned(self) -> bool:
+        """Whether its answers beyond the trained length say something."""
+        return self.recall >= LEARNED
+
+    def steps(self, rope: str) -> int | None:
+        """From which on enough is right; None for never."""
+        found = None
+        for step, share in self.adapting[rope]:
+            if share < LEARNED:
+                found = None
+            elif found is None:
+                found = step
+        return found
 
 
-def check(tasks: Mapping[str, Task], lengths: Sequence[int]) -> None:
+def check(tasks: Mapping[str, Task], lengths: Sequence[int], depths: int) -> None:
     """Checks that texts of all tasks can be made, before anything is trained.
 
     Raises:
-      UserError: a task that needs words, or a length that does not hold it.
+      UserError: a task that needs words or a judge, or a length that does not hold it.
     """
-    renderer = TokenRenderer(LANGUAGE)
     for name, task in tasks.items():
-        if isinstance(task, LossTask) and task.judged:
+        if is_judged(task):
             raise UserError(f"--tasks={name} needs a judge; give a --model")
-        rng = np.random.default_rng(0)
-        renderer.render(task.draw(rng, None), min(lengths), rng)
+    check_texts(TokenRenderer(LANGUAGE), Plan(tasks, lengths, (0,), depths, 1))
 
 
 def run(
@@ -170,7 +170,9 @@ def run(
     scores: list[Score] = []
     for seed in range(seeds):
         params, tries = _learned(workdir, model, decoder, seed)
-        _write_gate(workdir, model, decoder, params, seed, tries)
+        share = recall(decoder, params, LANGUAGE, model.trained, 4 * _RECALL_TEXTS, seed)
+        known = Trained(seed, tries, share, {})
+        _note(workdir, known)
         scaled = scaled_models(decoder, list(ropes.values()))
         plan = Plan(tasks, lengths, (seed,), depths, examples)
         # Two batches of a length, so that programs are few.
@@ -179,7 +181,10 @@ def run(
         scores = _measure(*run_of, scaled, params, plan)
         longer = FACTOR * model.trained
         for name in FINE_TUNED:
-            tuned = _fine_tuned(workdir, model, scaled[ropes[name]], ropes[name], params, seed)
+            rope = ropes[name]
+            tuned, steps = _fine_tuned(workdir, model, scaled[rope], rope, params, seed)
+            known = dataclasses.replace(known, adapting={**known.adapting, rope: steps})
+            _note(workdir, known)
             own = {f"{ropes[name]}{TUNED}": scaled[ropes[name]]}
             some = [length for length in lengths if length in (model.trained, longer, 2 * longer)]
             plan = Plan(tasks, some, (seed,), depths, examples)
@@ -199,7 +204,7 @@ def _learned(workdir: Path, model: SmallModel, decoder: Decoder, seed: int) -> t
         own = 1000 * number + seed
         gate = directory / "gate.json"
         if not gate.is_file():
-            tqdm.tqdm.write(f"seed {seed}: training, draw {number}")
+            tqdm.tqdm.write(f"seed {seed}: training, draw {number}", file=sys.stderr)
             params = train_from_scratch(model, LANGUAGE, own, directory, early)
             short = model.trained // 4
             formed = recall(decoder, params, LANGUAGE, short, 4 * _RECALL_TEXTS, own)
@@ -216,20 +221,10 @@ def _model_directory(workdir: Path, seed: int) -> Path:
     return workdir / "models" / f"seed_{seed}"
 
 
-def _write_gate(
-    workdir: Path, model: SmallModel, decoder: Decoder, params: Any, seed: int, tries: int
-) -> None:
-    path = _model_directory(workdir, seed) / "gate.json"
-    if path.is_file():
-        return
-    share = recall(decoder, params, LANGUAGE, model.trained, 4 * _RECALL_TEXTS, seed)
-    replace(path, json.dumps(dataclasses.asdict(Gate(seed, tries, share))) + "\n")
-
-
 def _fine_tuned(
     workdir: Path, model: SmallModel, scaled: Decoder, rope: str, params: Any, seed: int
-) -> Any:
-    """The parameters behind a few steps on texts of the longer length."""
+) -> tuple[Any, list[tuple[int, float]]]:
+    """The parameters behind a few steps on texts of the longer length, and recall on the way."""
     longer = FACTOR * model.trained
     texts = TrainingTexts(
         LANGUAGE, 10_000 + seed, (longer,) * _FINE_TUNING_STEPS, 16 * model.trained
@@ -237,32 +232,25 @@ def _fine_tuned(
 
     def ask(params: Any) -> dict[str, float]:
         share = recall(scaled, params, LANGUAGE, longer, _RECALL_TEXTS, 20_000 + seed)
-        # The loop asks for a loss as well, by which it would tell the best checkpoint.
         return {"eval_recall": share}
 
-    directory = _tuned_directory(workdir, seed, rope)
-    return fine_tune(scaled, params, texts, directory, ask, _BETWEEN)
-
-
-def _tuned_directory(workdir: Path, seed: int, rope: str) -> Path:
     name = "".join(c if c.isalnum() else "_" for c in rope)
-    return _model_directory(workdir, seed) / f"tuned_{name}"
+    directory = _model_directory(workdir, seed) / f"tuned_{name}"
+    tuned = fine_tune(scaled, params, texts, directory, ask, _BETWEEN)
+    steps = [(0, ask(params)["eval_recall"])]
+    rows = read_log(directory)
+    steps += [(row["step"], row["eval_recall"]) for row in rows if "eval_recall" in row]
+    return tuned, steps
 
 
-def read_gates(workdir: Path) -> list[Gate]:
-    """Of all models there."""
-    paths = sorted((workdir / "models").glob("seed_*/gate.json"))
-    return [Gate(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+def _note(workdir: Path, known: Trained) -> None:
+    """Enters what is known of a seed's model."""
+    found = {own.seed: own for own in read_trained(workdir)} | {known.seed: known}
+    rows = (json.dumps(dataclasses.asdict(own)) + "\n" for _, own in sorted(found.items()))
+    replace(workdir / _MODELS, "".join(rows))
 
 
-def read_adapting(workdir: Path, model: SmallModel) -> list[Adapting]:
-    """How fine-tuning went, of all models there."""
-    ropes = methods(model)
-    found = []
-    for gate in read_gates(workdir):
-        for name in FINE_TUNED:
-            rows = read_log(_tuned_directory(workdir, gate.seed, ropes[name]))
-            pairs = [(row["step"], row["eval_recall"]) for row in rows if "eval_recall" in row]
-            if pairs:
-                found.append(Adapting(ropes[name], gate.seed, tuple(pairs)))
-    return found
+def read_trained(workdir: Path) -> list[Trained]:
+    """What is known of all models there, by their seeds."""
+    path = workdir / _MODELS
+    return [Trained(**fields) for _, fields in read_rows(path)] if path.is_file() else []

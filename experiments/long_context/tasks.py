@@ -410,7 +410,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # Of which only the nats tell something: nothing is asked.
 LOSSES = ("loss", "window_loss", "key_loss")
 # Whose needle can be put at a depth.
-WITH_DEPTH = ("passkey", "niah_single_1", "niah_single_2", "niah_single_3")
+WITH_DEPTH = ("passkey", *GROUPS["niah"])
 
 
 def find_tasks(
@@ -437,6 +437,11 @@ def find_tasks(
             raise UserError(f"--tasks={name} is unknown; known: {known}")
         found |= {task: tasks[task] for task in groups.get(name, (name,))}
     return found
+
+
+def reads_essay(task: Task) -> bool:
+    """Whether a task's filler is the text that a renderer was given."""
+    return isinstance(task, RecallTask | LossTask) or getattr(task, "haystack", "") == "essay"
 
 
 def _draw_terms(rng: np.random.Generator, kind: TermKind, count: int) -> tuple[Term, ...]:

@@ -46,6 +46,8 @@ tunnel valley
 # As many of both, so that each index has a word of its own.
 _WORDS = 100
 
+# Tokens of filler that stand together at most.
+_LONGEST_SENTENCE = 64
 # What nothing happens in, round and round.
 _NOISE = (
     " The river runs on.",
@@ -128,6 +130,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     found = []
     for name, row in read_rows(path):
         documents = row.get("documents", [row.get("context")])
+        documents = documents if isinstance(documents, list) else []
         texts = [row.get("question"), row.get("answer"), *documents] if documents else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(
@@ -153,7 +156,13 @@ class TextRenderer:
     @functools.cached_property
     def _essay_sentences(self) -> list[list[int]]:
         pieces = re.split(r"(?<=[.!?])\s+", " ".join(self._essay.split()))
-        return [ids for ids in (self._encode(f" {piece}") for piece in pieces if piece) if ids]
+        sentences = [self._encode(f" {piece}") for piece in pieces if piece]
+        # Texts whose sentences end in another way, or not at all, are cut.
+        return [
+            ids[i : i + _LONGEST_SENTENCE]
+            for ids in sentences
+            for i in range(0, len(ids), _LONGEST_SENTENCE)
+        ]
 
     @functools.cached_property
     def _noise_sentences(self) -> list[list[int]]:
@@ -180,6 +189,12 @@ class TextRenderer:
         if content.documents:
             return self._with_documents(content, length, rng)
         if content.spans is not None:
+            tokens = sum(map(len, self._essay_sentences))
+            if tokens < length:
+                raise UserError(
+                    f"the filler has {tokens} tokens, fewer than a text of {length}, and what is "
+                    "there twice can be copied; give a longer --haystack or shorter --lengths"
+                )
             filler = self._filler(content, length, rng, whole=False)
             return Example([token for ids in filler for token in ids], content.spans(length))
         opening = self._encode(_INTRODUCTIONS[content.question])
