@@ -47,7 +47,7 @@ tunnel valley
 _WORDS = 100
 
 # Tokens of filler that stand together at most.
-_LONGEST_SENTENCE = 64
+_LONGEST_SENTENCE = 256
 # What nothing happens in, round and round.
 _NOISE = (
     " The river runs on.",

@@ -22,6 +22,7 @@ from qwen_jax.training.data.options import DataOptions
 from qwen_jax.training.data.prompts import PromptRecords
 from qwen_jax.training.grpo import GrpoOptions
 from qwen_jax.training.log_probs import score
+from qwen_jax.training.partition import combine
 from qwen_jax.training.preference import reference_of
 from qwen_jax.training.rollouts import (
     Rollout,
@@ -30,7 +31,7 @@ from qwen_jax.training.rollouts import (
     roll_out,
     to_learn,
 )
-from qwen_jax.training.stacking import Params
+from qwen_jax.training.stacking import Params, unstack_layers
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import TrainState, TrainStep
 
@@ -79,8 +80,8 @@ def make_grpo_step(
     mean over the updates, of `rollouts.figures_of`, and "rollout_seconds"; where one update was not
     finite, "finite" is false.
 
-    Answers are written with the parameters in `step_options.dtype`: where that is theirs, with the
-    very arrays. Their log-probabilities before the first update are not those that they were drawn
+    Answers are written with the parameters in `step_options.dtype`: where that is theirs, and they
+    do not lie stacked, with the very arrays. Their log-probabilities before the first update are not those that they were drawn
     with but the training forward's, at `options.temperature`: taken by a pass ahead where there are
     several updates, else by the update itself, whose ratio is then 1.
 
@@ -186,16 +187,16 @@ def make_grpo_evaluation(
 
 
 def params_to_write_with(state: TrainState, dtype: str) -> Params:
-    """The state's parameters in `dtype`: the same arrays where they are that, else a copy."""
+    """The state's parameters in `dtype`: the same arrays where they are that, and lie apart."""
     trained = state.params
     if any(leaf.dtype != dtype for leaf in jax.tree.leaves(trained)):
-        trained = _as_dtype(trained, dtype)
-    return state.replace(params=trained).whole()
+        return combine(_as_dtype(trained, dtype), state.frozen)
+    return state.whole()
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _as_dtype(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), unstack_layers(params))
 
 
 def _scorer(

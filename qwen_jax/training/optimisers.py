@@ -38,7 +38,7 @@ class OptimiserOptions:
       final_learning_rate: at the end of a decay, as a share of the highest.
       weight_decay: times the learning rate, what each step takes off the decayed parameters.
       decay_except: patterns of slash-separated parameter paths that are not decayed, beside norms,
-        biases and other vectors.
+        biases and other vectors. Layers that are scanned together are decayed alike.
       clip_norm: the norm that all gradients together have at most; None for any.
       b1, b2, eps: of AdamW; b2 and eps of Adafactor are its own.
       momentum: of Muon.
@@ -157,9 +157,8 @@ def make_optimiser(
         case "adamw":
             rule = adamw
         case "muon":
-            axes = functools.partial(_by_name, lambda *_: _OUT_IN)
             muon = optax.chain(
-                optax.contrib.scale_by_muon(beta=options.momentum, weight_dimension_numbers=axes),
+                _muon(options.momentum),
                 _scale_to_adamw(),
                 *finish,
             )
@@ -176,6 +175,39 @@ def make_optimiser(
     if options.clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), rule)
+
+
+def _muon(beta: float) -> optax.GradientTransformation:
+    """optax's, for each layer of a stack in turn.
+
+    It takes all axes before the last two for one, which along a mesh of experts would gather them
+    where another axis comes first; and what it computes with is as large as what it is given.
+    """
+
+    def axes(tree: Any) -> Any:
+        return jax.tree.map(lambda _: _OUT_IN, tree)
+
+    rule = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=axes)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+
+        def one(path: tuple[Any, ...], update: jax.Array, mean: jax.Array) -> Any:
+            def run(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                (update,), after = rule.update([pair[0]], state._replace(mu=[pair[1]]))
+                return update, after.mu[0]
+
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            pair = update, mean
+            return run(pair) if stacked_names(name) is None else jax.lax.map(run, pair)
+
+        pairs = jax.tree_util.tree_map_with_path(one, updates, state.mu)
+        updates, means = (
+            jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in range(2)
+        )
+        return updates, state._replace(count=state.count + 1, mu=means)
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:

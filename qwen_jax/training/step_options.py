@@ -17,7 +17,7 @@ class TrainOptions:
     Attributes:
       dtype: of the parameters' copy and the activations.
       scan: whether layers of a kind are compiled once and scanned over their stacked weights, or
-        compiled one by one, which spares the copy and, on CPU, time.
+        compiled one by one, which on CPU spares time.
       remat: what is kept for the backward pass, as `training.layers.run_layers` has it.
       microbatches: parts of the batch that are computed one after another, their gradients summed
         in float32. The update is that of the whole batch; where a balancing loss counts, the parts

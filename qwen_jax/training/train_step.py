@@ -4,7 +4,8 @@ Parameters are float32 masters in the tree that `load_pretrained` returns, or, f
 their layers, with these stacked for good: what is compiled for each array outside the scan would
 grow with the layers otherwise. Each step makes a copy of them in the dtype that is computed with,
 and differentiates through it. Parameters that are frozen, beside adapters for one, stay as they
-came, in any dtype or packed, and have neither gradients nor a place in the optimiser.
+came, in any dtype or packed, and have neither gradients nor a place in the optimiser; a step that
+scans stacks them for itself.
 """
 
 import dataclasses
@@ -84,7 +85,8 @@ def init_train_state(
       params: to begin with instead, of any float dtype. Those that are trained are copied, so that
         a step's donation leaves them alone; those that are frozen are shared, and never donated.
       trained: of a parameter's slash-separated path, whether it is trained; None for all.
-      stacked: whether layers lie stacked, as is best for steps that scan them.
+      stacked: whether layers lie stacked, as is best for steps that scan them. A rule that goes by
+        an array's axes, or looks at whole arrays, must then be one of `make_optimiser`.
 
     Raises:
       UserError: packed parameters, which have no gradients, are to be trained, or none is; or

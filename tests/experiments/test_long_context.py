@@ -69,25 +69,50 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
         (tmp_path / name).unlink()
     done = run(f"--workdir={tmp_path}", "--report_only")
     assert (done.returncode, done.stdout) == (0, report + "\n")
+    done = run(f"--workdir={tmp_path}", "--report_only", "--rope=dca")
+    assert (
+        done.returncode == 1 and "--rope changes nothing of results that are there" in done.stderr
+    )
+    done = run(f"--workdir={tmp_path}", f"--compare={tmp_path}")
+    assert done.returncode == 0 and "+0 (+0 to +0)" in done.stdout, done.stderr
     assert (tmp_path / "results.csv").read_text().count("\n") == 19
 
     done = run(*arguments[:-1], "--examples=2", "--lengths=300")
     assert done.returncode == 1
     assert "the results there have examples = 1, not 2" in done.stderr
-    (tmp_path / "other.txt").write_text("Other text.")
-    done = run(*arguments, "--lengths=300", f"--haystack={tmp_path / 'other.txt'}")
-    assert done.returncode == 1
-    assert "the results there have haystack = " in done.stderr
+
+
+def test_on_a_mesh_that_cuts_texts_results_are_the_same(checkpoint, tmp_path):
+    arguments = (f"--model={checkpoint}", "--tasks=recall,key_loss", "--depths=1", "--examples=1")
+    arguments += ("--lengths=600", "--rope=none,rerope,window=32", "--haystack=README.md")
+    found = []
+    for mesh in ((), ("--mesh=context:2",)):
+        workdir = tmp_path / str(len(mesh))
+        done = run(f"--workdir={workdir}", *arguments, *mesh, devices=2)
+        assert done.returncode == 0, done.stderr
+        found.append(
+            [(r["rope"], r["digest"], r["nats"]) for r in lines(workdir / "results.jsonl")]
+        )
+    assert len(found[0]) >= 2
+    for one, other in zip(*found, strict=True):
+        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
+    (tmp_path / "other.txt").write_text("Other text. " * 900)
+    arguments = [a for a in arguments if "haystack" not in a]
+    done = run(f"--workdir={tmp_path / '0'}", *arguments, f"--haystack={tmp_path / 'other.txt'}")
+    assert done.returncode == 1 and "the results there have haystack = " in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--study=tasks"], "--model is needed"),
+        (["--lengths="], "--lengths is empty"),
+        (["--model=M", "--judge=none,dca"], "--judge=none,dca should be one scaling"),
+        (["--report_only", "--compare=x"], "are two things; give one"),
         (["--model=M", "--layers=3"], "--layers is of --study=small; leave it out"),
         (["--rope=dca"], "--rope is of --study=tasks or frequencies; leave it out"),
         (["--tasks=cwe"], "need words; leave the task out of --tasks"),
-        (["--report_only"], "has no results; run without --report_only"),
+        (["--report_only"], "has no results; run the study there first"),
         (["--model=M", "--rope=yarn"], "--rope=yarn: factor is missing"),
         (["--model=M", "--rope=none,none"], "should be different scalings by commas"),
         (["--model=M", "--tasks=mmlu"], "--tasks=mmlu is unknown"),

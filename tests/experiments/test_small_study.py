@@ -1,13 +1,13 @@
 """The study on models of its own, made small: what is measured, resumed, gated and reported."""
 
-import json
+import signal
 
 import pytest
 
 from experiments.long_context import small_study
 from experiments.long_context.measuring import scaled_models
 from experiments.long_context.records import read_scores, settle
-from experiments.long_context.small_model import SmallModel
+from experiments.long_context.small_model import SmallModel, TrainingTexts
 from experiments.long_context.small_report import write_small_report
 from experiments.long_context.tasks import find_tasks
 from qwen_jax.errors import UserError
@@ -46,11 +46,11 @@ def test_a_run_trains_measures_and_goes_on(quick, tmp_path):
     # All scalings have read the same texts.
     texts = {(s.task, s.length, s.number) for s in scores}
     assert len({s.digest for s in scores}) == len(texts) == 8
-    models = tmp_path / "models/seed_0"
-    gate = json.loads((models / "gate.json").read_text())
-    assert gate["tries"] == 1 and 0 <= gate["recall"] <= 1
-    (adapting,) = small_study.read_adapting(tmp_path, MODEL)
-    assert [step for step, _ in adapting.recall] == [2, 4] and adapting.steps is None
+    (known,) = small_study.read_trained(tmp_path)
+    assert (known.seed, known.tries, known.learned) == (0, 1, False)
+    ((rope, steps),) = known.adapting.items()
+    assert rope == quick["YaRN"] and [step for step, _ in steps] == [0, 2, 4]
+    assert known.steps(rope) is None
 
     # What is there stays; what a kill took is made again, and is the same.
     path = tmp_path / "results.jsonl"
@@ -69,9 +69,28 @@ def test_a_run_trains_measures_and_goes_on(quick, tmp_path):
     assert len(more) == 2 * len(scores) and {s.seed for s in more} == {0, 1}
 
     text = write_small_report(tmp_path, MODEL, read_scores(tmp_path))
-    assert "says anything" in text and "| YaRN | > 4, > 4 |" in text
+    assert "left out of" in text and "| > 4, > 4 |" in text
     for name in ("report.md", "adapting.png", "effects.png", "positions_loss.png", "results.csv"):
         assert (tmp_path / name).is_file()
+
+
+def test_a_run_that_is_told_to_stop_measures_nothing(quick, tmp_path, monkeypatch):
+    """As after SIGTERM in training: what is not trained to its end is no model yet."""
+    batch, made = TrainingTexts.__getitem__, []
+
+    def stopping(self, number):
+        made.append(number)
+        if len(made) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, number)
+
+    monkeypatch.setattr(TrainingTexts, "__getitem__", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.rglob("gate.json")) and not (tmp_path / "results.jsonl").exists()
+    monkeypatch.setattr(TrainingTexts, "__getitem__", batch)
+    assert len(run(tmp_path)) == 24
 
 
 def test_models_that_do_not_learn_are_drawn_again_and_then_refused(quick, tmp_path, monkeypatch):
@@ -85,9 +104,9 @@ def test_models_that_do_not_learn_are_drawn_again_and_then_refused(quick, tmp_pa
 
 def test_tasks_that_need_more_than_tokens_are_refused_before_training():
     with pytest.raises(UserError, match="--tasks=key_loss needs a judge; give a --model"):
-        small_study.check(find_tasks(("key_loss",)), LENGTHS)
+        small_study.check(find_tasks(("key_loss",)), LENGTHS, 5)
     with pytest.raises(UserError, match="need words"):
-        small_study.check(find_tasks(("cwe",)), (400,))
+        small_study.check(find_tasks(("cwe",)), (400,), 5)
 
 
 def test_every_method_can_be_had_of_every_small_model():

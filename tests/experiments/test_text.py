@@ -6,10 +6,12 @@ import re
 import numpy as np
 import pytest
 
+from experiments.long_context.scoring import Draw, make_example
 from experiments.long_context.tasks import (
     LOSSES,
     NUM_TERMS,
     TASKS,
+    Question,
     QuestionTask,
     Term,
     TermKind,
@@ -84,11 +86,13 @@ def test_recall_asks_on_the_way_for_what_was_said():
 
 
 def test_losses_are_of_filler_from_any_place():
+    essay = " ".join(f"Number {i} came. Then {i} went?" for i in range(200))
+    renderer, rng = TextRenderer(Bytes(), essay), np.random.default_rng(4)
     for name, spans in (("loss", 16), ("window_loss", 1), ("key_loss", 1)):
-        _, example = render(name, 1_003)
+        example = renderer.render(TASKS[name].draw(rng, None), 1_003, rng)
         assert len(example.ids) == 1_003 and len(example.answers) == spans
         assert example.answers[-1][1] == 1_003
-        assert text_of(example.ids).strip()[:40] in " ".join([ESSAY] * 3)
+        assert text_of(example.ids) in f" {essay} {essay}"
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
@@ -162,3 +166,33 @@ def test_documents_of_other_questions_are_the_filler(tmp_path):
             read_questions(path)
     path.write_text('{"question": "Who?", "answer": "Ann", "context": "Ann came."}\n')
     assert read_questions(path)[0].documents == ("Ann came.",)
+
+
+def test_filler_whose_sentences_do_not_end_fills_a_text():
+    essay = "字" * 40_000
+    renderer = TextRenderer(Bytes(), essay)
+    rng = np.random.default_rng(0)
+    example = renderer.render(TASKS["niah_single_2"].draw(rng, 0.5), 5_000, rng)
+    assert 4_900 < len(example.ids) <= 5_000
+
+
+def test_losses_want_filler_that_is_there_once():
+    renderer, rng = TextRenderer(Bytes(), ESSAY), np.random.default_rng(0)
+    with pytest.raises(UserError, match="fewer than a text of 900, and what is there twice"):
+        renderer.render(TASKS["window_loss"].draw(rng, None), 900, rng)
+
+
+def test_texts_that_documents_do_not_fill_are_refused():
+    """Not called as long as they were asked to be."""
+    task = QuestionTask((Question("Who?", "Ann", ("Ann came.",)),))
+    draw = Draw("qa_1", 3_000, None, 0, 0)
+    with pytest.raises(UserError, match=r"--tasks=qa_1: what there is fills \d+ of 3000 tokens"):
+        make_example(TextRenderer(Bytes(), ESSAY), task, draw)
+
+
+@pytest.mark.parametrize("documents", ('"Ann came."', "5", "[5]"))
+def test_documents_that_are_no_list_of_texts_are_refused(documents, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f'{{"question": "Who?", "answer": "Ann", "documents": {documents}}}\n')
+    with pytest.raises(UserError, match="documents \\(a list of texts\\) or context are needed"):
+        read_questions(path)

@@ -29,7 +29,7 @@ def get_config():
             "length": 32, "batch_size": 4, "pack": False, "epochs": 1,
         }},
         "optimiser": {{"learning_rate": 1e-2, "warmup_steps": 2, "eps": 1e-2}},
-        "step": {{"dtype": "float32", "scan": False, "remat": "none"}},
+        "step": {{"dtype": "float32", "scan": True, "remat": "none"}},
         "loop": {{"num_steps": {steps}, "checkpoint_every": 100, "eval_every": 3}},
         "mesh": None,
         "lora": None,

@@ -11,7 +11,7 @@ from qwen_jax.training.run_options import RunOptions
 from qwen_jax.training.step_options import TrainOptions
 from tests.training.data.conftest import write_lines
 
-EXACT = TrainOptions(dtype="float32", scan=False, remat="none", block_size=16)
+EXACT = TrainOptions(dtype="float32", remat="none", block_size=16)
 
 
 def vowels(record, text):
