@@ -64,7 +64,7 @@ def add_scores(workdir: Path, scores: Iterable[Score], origin: Mapping[str, Any]
     """Appends results with what they were made with, a line each."""
     with (workdir / _RESULTS).open("a", encoding="utf-8") as file:
         for score in scores:
-            file.write(json.dumps({**dataclasses.asdict(score), **origin}) + "\n")
+            file.write(json.dumps({**origin, **dataclasses.asdict(score)}) + "\n")
 
 
 def read_settings(workdir: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from experiments.long_context.base_bound import PUBLISHED, PUBLISHED_POWER, bounds, exponent, reach
-from qwen_jax.errors import UserError
 from tests.experiments.conftest import run
 
 
@@ -36,8 +35,7 @@ def test_bases_are_the_paper_s_within_a_factor_of_two():
         assert bound.published == PUBLISHED[bound.length]
         assert 0.5 < bound.first / bound.published < 2
     assert 0.8 < exponent(found) / PUBLISHED_POWER < 1.2
-    with pytest.raises(UserError, match="fewer than two of them are reached"):
-        exponent(found[:1])
+    assert exponent(found[:1]) is None
 
 
 def test_the_command_writes_figures_tables_and_a_picture(tmp_path):

@@ -22,8 +22,7 @@ def quick(monkeypatch):
     """Two scalings, one of them fine-tuned for four steps, and no demands on what is learned."""
     methods = small_study.methods(MODEL)
     few = {name: methods[name] for name in ("none", "YaRN")}
-    for module in ("small_study", "small_report"):
-        monkeypatch.setattr(f"experiments.long_context.{module}.methods", lambda model: few)
+    monkeypatch.setattr(small_study, "methods", lambda model: few)
     monkeypatch.setattr(small_study, "FINE_TUNED", ("YaRN",))
     monkeypatch.setattr(small_study, "_FINE_TUNING_STEPS", 4)
     monkeypatch.setattr(small_study, "_BETWEEN", 2)

@@ -338,7 +338,8 @@ def test_bad_settings_end_in_one_line(start, config, tmp_path, arguments, messag
 def test_what_a_recipe_refuses_ends_in_its_own_line(start, tmp_path):
     code, out, err = finish(start("configs/train/pretrain.py:nonsense", tmp_path))
     assert (code, out) == (1, "")
-    assert err == "'nonsense': give one of general, reasoning, long, 64k, 128k, 256k, such as general\n"
+    stages = "general, reasoning, long, 64k, 128k, 256k"
+    assert err == f"'nonsense': give one of {stages}, such as general\n"
 
 
 def test_a_run_that_goes_on_is_the_same_run(start, config, unbroken):
