@@ -53,10 +53,12 @@ def _more_nats(name: str, one: Side, other: Side) -> Effect:
     return Effect(name, "nats", one, other)
 
 
-def _dilution(method: str, times: int) -> Effect:
+def _dilution(
+    method: str, times: int, otherwise: str = "nearly all is right there without it"
+) -> Effect:
     name = f"attention dilution: {method} with logn answers more, {times}x"
     sides = Side(f"{method} + logn", times), Side(method, times)
-    return _more_right(name, *sides, otherwise="nearly all is right there without it")
+    return _more_right(name, *sides, otherwise=otherwise)
 
 
 _TUNED = 2 * FACTOR
@@ -71,10 +73,11 @@ EFFECTS: tuple[Effect, ...] = (
     _more_right("the same, both with logn", Side("YaRN + logn", 4), Side("NTK + logn", 4)),
     _more_right("attention dilution: YaRN's temperature answers more, 4x", Side("YaRN", 4),
                 Side("by parts", 4)),
-    *(_dilution(method, 4) for method in ("none", "NTK", "Qwen1 NTK", "YaRN", "ABF", "DCA",
-                                          "ReRoPE", "Self-Extend")),
+    _dilution("none", 4, "keys stand at angles never seen, which logn does not mend"),
+    *(_dilution(method, 4) for method in ("NTK", "Qwen1 NTK", "YaRN", "ABF", "DCA", "ReRoPE",
+                                          "Self-Extend")),
     _dilution("DCA", 8),
-    _dilution("ReRoPE", 8),
+    _dilution("ReRoPE", 8, "models differ: without logn some hold and some fall"),
     _more_right("DCA + logn holds where static YaRN has fallen, 8x", Side("DCA + logn", 8),
                 Side("YaRN", 8)),
     _more_right("DCA alone holds where static YaRN has fallen, 8x", Side("DCA", 8),
