@@ -80,10 +80,10 @@ def make_grpo_step(
     mean over the updates, of `rollouts.figures_of`, and "rollout_seconds"; where one update was not
     finite, "finite" is false.
 
-    Answers are written with the parameters in `step_options.dtype`: where that is theirs, and they
-    do not lie stacked, with the very arrays. Their log-probabilities before the first update are not those that they were drawn
-    with but the training forward's, at `options.temperature`: taken by a pass ahead where there are
-    several updates, else by the update itself, whose ratio is then 1.
+    Answers are written with the parameters in `step_options.dtype`, with the very arrays where that
+    is theirs and they do not lie stacked. Their log-probabilities before the first update are not
+    those that they were drawn with but the training forward's, at `options.temperature`: taken by a
+    pass ahead where there are several updates, else by the update itself, whose ratio is then 1.
 
     Args:
       model: that learns.
