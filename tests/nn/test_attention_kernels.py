@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.config import DualChunkSpec, LayerKind
+from qwen_jax.config import DualChunkSpec, FarSpec, LayerKind
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn import attention, ring
 from qwen_jax.nn.cache import init_cache
@@ -28,6 +28,9 @@ SLIDING = make_config(
     layer_types=(LayerKind.FULL_ATTENTION, LayerKind.SLIDING_ATTENTION), sliding_window=100
 )
 DUAL = make_config(dual_chunk=DualChunkSpec(96, 32, 64))
+LEAKY = make_config(far=FarSpec(60, 2.5))
+SINKS = make_config(far=FarSpec(60, sinks=4))
+MESHES = ("context:2", "fsdp:2,tensor:2")
 WIDE = make_config(
     hidden_size=512, intermediate_size=1024, head_dim=128, num_attention_heads=8, vocab_size=1024
 )
@@ -83,8 +86,13 @@ def check(got, want):
         assert np.linalg.norm(np.asarray(x) - y) <= 1e-5 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("config", [SLIDING, DUAL], ids=["sliding", "dual chunk"])
-@pytest.mark.parametrize("mesh", [None, "context:2", "fsdp:2,tensor:2"])
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        *((config, mesh) for config in (SLIDING, DUAL) for mesh in (None, *MESHES)),
+        *((config, mesh) for config in (LEAKY, SINKS) for mesh in (None, "context:2")),
+    ],
+)
 def test_a_model_on_tpu_kernels_equals_one_without(config, mesh, on_tpu, monkeypatch):
     monkeypatch.setattr(ring, "_MOST_GATHERED", 0)
     params = random_params(config)
@@ -107,7 +115,7 @@ def test_texts_in_a_row_on_tpu_kernels_equal_those_without(on_tpu):
     check(on_tpu(run), run())
 
 
-@pytest.mark.parametrize("config", [SLIDING, DUAL], ids=["sliding", "dual chunk"])
+@pytest.mark.parametrize("config", [SLIDING, DUAL, LEAKY], ids=["sliding", "dual chunk", "leaky"])
 def test_a_prompt_into_a_cache_on_tpu_kernels_equals_one_without(config, on_tpu):
     params, (ids, mask) = random_params(config), batch(config)
 
@@ -150,8 +158,16 @@ needs_libtpu = pytest.mark.skipif(not aot.has_compiler(), reason="needs libtpu")
             "prefill",
             "context:4",
         ),
+        (dataclasses.replace(WIDE, far=FarSpec(512, 8.0)), "train", "context:2,tensor:2"),
     ],
-    ids=["train", "train over context", "decode", "prefill of wide heads", "prefill in chunks"],
+    ids=[
+        "train",
+        "train over context",
+        "decode",
+        "prefill of wide heads",
+        "prefill in chunks",
+        "train with distant keys",
+    ],
 )
 def test_models_compile_for_tpus_with_kernels(config, mode, mesh, monkeypatch):
     monkeypatch.setattr(ring, "_MOST_GATHERED", 0)
