@@ -14,6 +14,7 @@ scalings, tasks or lengths adds to it. --report_only makes the report of what is
 --compare=OTHER tells what is different in another workdir.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -28,7 +29,7 @@ from experiments.long_context import base_bound, frequencies, small_report, smal
 from experiments.long_context.compare import Side, write_comparison
 from experiments.long_context.measuring import Plan, check, is_judged, measure, scaled_models
 from experiments.long_context.records import need_scores, read_settings, settle
-from experiments.long_context.report import write_report
+from experiments.long_context.report import FREQUENCIES, write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.small_model import SmallModel
 from experiments.long_context.tasks import GROUPS, TASKS, QuestionTask, find_tasks, reads_essay
@@ -316,6 +317,11 @@ def _run_tasks(workdir: Path) -> None:
     settle(workdir, settings)
     batch_size = _BATCH_SIZE.value
     measure(workdir, models, params, renderer, plan, lambda _: batch_size, _origin(dtype), judge)
+    with contextlib.suppress(UserError):
+        # Of models that rotate a part of a head there is no such picture.
+        trained = model.config.max_position_embeddings
+        scaled = frequencies.scalings(model.config, ropes, trained, max(lengths))
+        frequencies.draw(scaled, workdir / FREQUENCIES)
     print(_report(workdir))
 
 

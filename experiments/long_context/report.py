@@ -17,6 +17,8 @@ from qwen_jax.evaluation.figures import wilson_interval
 # A length counts as read while the share of right answers is at least this part of the best
 # scaling's at the shortest length, as RULER's 85.6% is of a model at its trained length.
 EFFECTIVE = 0.856
+# A picture that is shown where it has been drawn, for which a model's config is needed.
+FREQUENCIES = "frequencies.png"
 
 
 def effective_length(shares: dict[int, float], whole: float) -> int | None:
@@ -59,6 +61,8 @@ def write_report(
             "scaling's at the shortest one. Intervals hold 95%: Wilson's of shares, resampled ones "
             "of nats.",
             "",
+            *_orders(asked),
+            "",
             "![longest length that is reached](effective.png)",
             "![right answers and nats by length, mean of all tasks](lengths.png)",
             "",
@@ -67,6 +71,8 @@ def write_report(
         own = [s for s in scores if s.task == task]
         lines += [f"## {task}", ""]
         lines += _loss_lines(own, task, workdir) if task in LOSSES else _asked_lines(own, workdir)
+    if (workdir / FREQUENCIES).is_file():
+        lines += [f"![frequency by pair of each scaling]({FREQUENCIES})", ""]
     text = "\n".join(lines)
     replace(workdir / "report.md", text)
     write_records(workdir / "results", [_row(s) for s in scores], origin=None)
@@ -179,6 +185,17 @@ def _effective_table(scores: Sequence[Score]) -> str:
         for rope in columns[0]
     ]
     return markdown(["effective length", "all tasks", *tasks], rows)
+
+
+def _orders(scores: Sequence[Score]) -> list[str]:
+    """For each length the scalings by their nats, mean of all tasks."""
+    lines = []
+    for length in sorted({s.length for s in scores}):
+        own = _at(scores, length=length)
+        nats = {r: _means(_at(own, rope=r), "nats")[length] for r in _names(own, "rope")}
+        listed = ", ".join(f"{r} {nats[r]:.2f}" for r in sorted(nats, key=nats.__getitem__))
+        lines.append(f"- Fewest nats at {length:,} tokens: {listed}")
+    return lines
 
 
 def _reached(scores: Sequence[Score]) -> dict[str, int | None]:

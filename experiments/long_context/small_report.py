@@ -9,7 +9,7 @@ import numpy as np
 from experiments.long_context import frequencies
 from experiments.long_context.effects import Finding, findings
 from experiments.long_context.files import save, write_records
-from experiments.long_context.report import write_report
+from experiments.long_context.report import FREQUENCIES, write_report
 from experiments.long_context.scoring import Score
 from experiments.long_context.small_model import SmallModel
 from experiments.long_context.small_study import (
@@ -45,7 +45,7 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
     scaled = frequencies.scalings(
         model.config(LANGUAGE), list(ropes.values()), model.trained, FACTOR * model.trained
     )
-    frequencies.draw(scaled, workdir / "frequencies.png")
+    frequencies.draw(scaled, workdir / FREQUENCIES)
     draw_effects(found, workdir / "effects.png")
     if found:
         write_records(workdir / "effects", [_effect_row(f) for f in found], origin=None)
@@ -102,7 +102,6 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
         draw_adapting(models, ropes, workdir / "adapting.png")
     names = [f"| {name} | `{rope}` |" for name, rope in ropes.items()]
     lines += ["## Scalings", "", "| name | --rope |", "|---|---|", *names, ""]
-    lines += ["![frequency by pair of each](frequencies.png)", ""]
     # Reports read better by names than by what a command line needs.
     return write_report(
         named_scores(scores, ropes), "Long contexts of small models", workdir, lines
@@ -178,9 +177,8 @@ def _order_lines(scores: Sequence[Score], ropes: dict[str, str], trained: int) -
     ours = [name for name in found if name in _ZERO_SHOT]
     return "\n".join(
         [
-            f"- Found at {length:,} tokens, least nats of recall first: "
-            + ", ".join(f"{name} {known[name]:.2f}" for name in found),
-            f"- Of these, among those with a published order: {', '.join(ours)}",
+            f"- Found, nats of recall at {length:,} tokens: "
+            + ", ".join(f"{name} {known[name]:.2f}" for name in ours),
             f"- Published, before fine-tuning (arXiv 2309.00071): {', '.join(_ZERO_SHOT)}",
         ]
     )

@@ -46,7 +46,7 @@ def test_a_run_measures_reports_and_goes_on(checkpoint, tmp_path):
     assert len({r["nats"] for r in records}) == 9
     report = (tmp_path / "report.md").read_text()
     assert done.stdout == report + "\n"
-    for name in ("lengths.png", "heatmap_passkey.png"):
+    for name in ("lengths.png", "heatmap_passkey.png", "effective.png", "frequencies.png"):
         assert f"({name})" in report and (tmp_path / name).stat().st_size > 5000
 
     # Cut in the middle of a line, as by a kill.
@@ -182,6 +182,8 @@ def test_the_report_says_what_the_records_say(tmp_path):
     assert ["`none`", "100% (51% to 100%)", "25% (5% to 70%)"] in rows
     assert ["`yarn:2`", "0.75 (0.75 to 0.75)", "1 (1 to 1)"] in rows
     assert ["`none`", "100% (100% to 100%)", "50% (50% to 50%)"] in rows
+    assert "- Fewest nats at 64 tokens: none 0.50, yarn:2 0.75" in text
+    assert "- Fewest nats at 128 tokens: yarn:2 1.00, none 2.00" in text
     assert "heatmap" not in text
     assert (tmp_path / "places.csv").read_text().splitlines()[1] == "none,vt,64,,0,0,0.9,0.5"
 
