@@ -141,6 +141,8 @@ class MoeSpec:
       shared_intermediate_size: width of the expert that every token goes to, weighted by a sigmoid
         gate; None where there is none.
       aux_loss_coef: weight of the balancing loss in training (`router_aux_loss_coef`).
+      score_bias: whether each expert has a bias that takes part in the choice and not in the
+        weights, as balancing without a loss trains it (arXiv 2408.15664).
     """
 
     layers: tuple[int, ...]
@@ -150,6 +152,7 @@ class MoeSpec:
     renormalise: bool
     shared_intermediate_size: int | None = None
     aux_loss_coef: float = 0.001
+    score_bias: bool = False
 
     def __post_init__(self):
         for name in ("num_experts", "num_experts_per_tok", "intermediate_size"):

@@ -395,6 +395,7 @@ def _read_experts(fields: Fields, num_layers: int, family: _Family) -> MoeSpec |
         renormalise=renormalise,
         shared_intermediate_size=shared,
         aux_loss_coef=float(fields.take("router_aux_loss_coef", "number", 0.001)),
+        score_bias=fields.take("router_score_bias", "boolean", False),
     )
     return spec if layers and num_experts else None
 
@@ -663,6 +664,9 @@ def _write_experts(config: ModelConfig, family: _Family) -> dict[str, Any]:
         fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if family.experts is not _Renormalise.ALWAYS:
         fields["norm_topk_prob"] = moe.renormalise
+    if moe.score_bias:
+        # No published checkpoint has one; other readers do not know the field.
+        fields["router_score_bias"] = True
     if moe.shared_intermediate_size is not None:
         fields["shared_expert_intermediate_size"] = moe.shared_intermediate_size
     return fields

@@ -526,6 +526,7 @@ REFUSED = [
     ("Qwen3-0.6B", {"is_encoder_decoder": True}, ["is_encoder_decoder = true"]),
     ("Qwen3-0.6B", {"sparkle": 7}, ["sparkle = 7", "logits"]),
     ("Qwen3-0.6B", {"num_experts": 128}, ["num_experts = 128"]),
+    ("Qwen3-0.6B", {"router_score_bias": True}, ["router_score_bias = true"]),
     ("Qwen3-0.6B", {"pruned_heads": {"0": [1]}}, ['pruned_heads = {"0": [1]}']),
     ("Qwen3-0.6B", {"compression_config": {"format": "dense"}},
      ['compression_config = {"format": "dense"}', "unquantised"]),

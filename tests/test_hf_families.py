@@ -526,6 +526,7 @@ REFUSED = [
     (QWEN2, {"num_experts_per_tok": 0}, ["num_experts_per_tok = 0"]),
     (QWEN2, {"num_experts": "64"}, ['num_experts = "64"', "integer"]),
     (QWEN2, {"norm_topk_prob": 1}, ["norm_topk_prob = 1", "boolean"]),
+    (QWEN2, {"router_score_bias": 1}, ["router_score_bias = 1", "boolean"]),
     (QWEN2, {"decoder_sparse_step": 0}, ["decoder_sparse_step = 0"]),
     (QWEN2, {"mlp_only_layers": 3}, ["mlp_only_layers = 3", "list of integers"]),
     (QWEN2, {"mlp_only_layers": [0], "intermediate_size": ABSENT},
@@ -563,6 +564,7 @@ REFUSED = [
     (DENSE, {"output_gate_type": "sigmoid"}, ['output_gate_type = "sigmoid"', '"swish"']),
     (DENSE, {"mtp_use_dedicated_embeddings": True}, ["mtp_use_dedicated_embeddings = true"]),
     (DENSE, {"num_experts": 8}, ["num_experts = 8"]),
+    (DENSE, {"router_score_bias": True}, ["router_score_bias = true"]),
     (DENSE, {"intermediate_size": ABSENT}, ["intermediate_size is missing"]),
     (DENSE, {"rope_parameters": {"rope_type": "default", "mrope_section": "11"}},
      ["mrope_section"]),
@@ -641,6 +643,20 @@ def test_the_whole_model_s_labels_are_those_of_its_head(head, of_the_whole):
         raw["label2id"] = {label: int(i) for i, label in raw["id2label"].items()}
     theirs = transformers.Qwen3_5Config.from_dict(raw)
     assert read_hf_config(raw).num_labels == theirs.num_labels == (of_the_whole or 2)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_bias_of_routers_scores_is_read_and_written(name):
+    plain = read_hf_config(published(name))
+    assert not plain.moe.score_bias
+    assert read_hf_config(changed(name, {"router_score_bias": False})) == plain
+    # Readers that do not know the field see it only where there is a bias.
+    assert "router_score_bias" not in json.dumps(write_hf_config(plain))
+    ours = read_hf_config(changed(name, {"router_score_bias": True}))
+    assert ours == dataclasses.replace(plain, moe=dataclasses.replace(plain.moe, score_bias=True))
+    written = write_hf_config(ours)
+    assert '"router_score_bias": true' in json.dumps(written)
+    assert read_hf_config(written) == ours
 
 
 def test_a_second_name_for_the_number_of_experts():

@@ -9,6 +9,7 @@ all of them.
 import ast
 import dataclasses
 import difflib
+import enum
 import types
 import typing
 from collections.abc import Mapping
@@ -139,10 +140,11 @@ def _as(value: Any, hint: Any, place: str) -> Any:
             return None
         (inner,) = [argument for argument in arguments if argument is not type(None)]
         return _as(value, inner, place)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{place} = {value!r} is not known; known: {', '.join(arguments)}")
-        return value
+    if origin is Literal or (isinstance(hint, type) and issubclass(hint, enum.StrEnum)):
+        known = arguments or tuple(hint)
+        if value not in known:
+            raise UserError(f"{place} = {value!r} is not known; known: {', '.join(known)}")
+        return value if arguments else hint(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{place} = {value!r} should be a tuple")

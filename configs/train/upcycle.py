@@ -20,6 +20,7 @@ dense model that it began with.
 from ml_collections import ConfigDict
 
 from configs.train.recipe import SMALL_STEP, recipe, small_data, small_model, split
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.data import DataOptions, SourceOptions
 from qwen_jax.training.loop import LoopOptions
 from qwen_jax.training.optimisers import OptimiserOptions
@@ -46,7 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
         upcycle=UpcycleOptions(32, 4, intermediate_size=768),
         data=DataOptions(sources, length=4096, batch_size=256),
         optimiser=OptimiserOptions(learning_rate=3e-4, warmup_steps=500),
-        step=TrainOptions(z_loss=1e-4, router_z_loss=1e-3),
+        step=TrainOptions(z_loss=1e-4, balance=BalanceOptions(z_loss=1e-3)),
         loop=LoopOptions(num_steps=20_000, checkpoint_every=1000),
         report=ReportOptions(every=10),
     )

@@ -11,7 +11,8 @@ import tqdm
 
 from qwen_jax.benchmark.report import markdown, three_digits
 from qwen_jax.config import MoeSpec
-from qwen_jax.nn.moe import Dispatch, capacity_of, limit_capacity, mix_experts, route
+from qwen_jax.nn.moe import Dispatch, mix_experts
+from qwen_jax.nn.router import capacity_of, limit_capacity, route
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,6 +90,10 @@ def _shared(config: ModelConfig, layer: _Layer) -> bool:
     return layer.sparse and config.moe.shared_intermediate_size is not None
 
 
+def _score_biased(config: ModelConfig, layer: _Layer) -> bool:
+    return layer.sparse and config.moe.score_bias
+
+
 def _attends(config: ModelConfig, layer: _Layer) -> bool:
     return layer.kind is not LayerKind.LINEAR_ATTENTION
 
@@ -244,6 +248,7 @@ def _fused_rows(part: int) -> Callable[[ModelConfig], Rows]:
 _FEED_FORWARD = [
     *_names("mlp.", "mlp/", _SWIGLU, present=_dense),
     *_names("mlp.", "mlp/", ["gate"], present=_sparse),
+    TensorName("mlp.gate.e_score_correction_bias", "mlp/gate/score_bias", _score_biased),
     *(
         TensorName(
             f"mlp.experts.{{e}}.{name}.weight", f"mlp/experts/{name}/weight", _sparse,

@@ -33,8 +33,9 @@ from qwen_jax.models.placement import (
 from qwen_jax.nn.cache import Cache, LayerCache, cache_shardings
 from qwen_jax.nn.delta_rule import DeltaState
 from qwen_jax.nn.linear import fetch_param, linear
-from qwen_jax.nn.moe import Dispatch, Routing
+from qwen_jax.nn.moe import Dispatch
 from qwen_jax.nn.rope import inverse_frequencies
+from qwen_jax.nn.router import RouterOptions, Routing
 from qwen_jax.nn.tokens import Parts, Tokens
 from qwen_jax.sharding.axes import (
     HIDDEN,
@@ -77,14 +78,13 @@ class Decoder(nn.Module):
     Attributes:
       config: of the model.
       dispatch: how experts run; None for `nn.moe.choose_dispatch`'s choice in each call.
-      capacity_factor: of `Dispatch.CAPACITY`, and only of it; what was dropped is in the output's
-        `router`.
+      router: what training does to the routers; what it dropped is in the output's `router`.
       mesh: of the devices that share the work, from `sharding.axes.as_mesh`; None for one device.
     """
 
     config: ModelConfig
     dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
+    router: RouterOptions = RouterOptions()
     mesh: Mesh | None = None
 
     def setup(self):
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         self.embed_tokens = _Embedding(config)
         layer = compiled_layer(config, None if self.is_initializing() else self.mesh)
         self.layers = [
-            layer(config, kind, i in sparse, self.dispatch, self.capacity_factor)
+            layer(config, kind, i in sparse, self.dispatch, self.router)
             for i, kind in enumerate(config.layer_types)
         ]
         self.norm = norm_of(config, CompiledNorm)
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
                 self.answer_guard = GuardHead(config, config.guard.widths[:2])
                 self.query_guard = GuardHead(config, config.guard.widths[2:])
         if config.mtp_layers:
-            self.mtp = MtpHead(config, layer, self.dispatch, self.capacity_factor)
+            self.mtp = MtpHead(config, layer, self.dispatch, self.router)
 
     def __call__(
         self,
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
         config = self.config
         is_sparse = config.moe is not None and i in config.moe.layers
         return compiled_layer(config, self.mesh)(
-            config, config.layer_types[i], is_sparse, self.dispatch, self.capacity_factor
+            config, config.layer_types[i], is_sparse, self.dispatch, self.router
         )
 
     def _table(self, name: str) -> jax.Array:
@@ -301,8 +301,9 @@ class Decoder(nn.Module):
         def own_routing(routing: Routing | None) -> Routing | None:
             if routing is None:
                 return None
-            fields = ("logits", "experts", "weights")
-            return routing.replace(**{name: own(getattr(routing, name)) for name in fields})
+            names = ("logits", "experts", "weights", "wanted")
+            fields = {name: getattr(routing, name) for name in names}
+            return routing.replace(**jax.tree.map(own, fields))
 
         return DecoderOutput(
             logits=logits,

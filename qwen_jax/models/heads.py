@@ -11,7 +11,8 @@ from qwen_jax.config import LayerKind, ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.models.layer import CompiledLinear, CompiledNorm, norm_of
 from qwen_jax.nn.cache import AttentionCache, Cache, CacheDtype, init_cache
-from qwen_jax.nn.moe import Dispatch, Routing
+from qwen_jax.nn.moe import Dispatch
+from qwen_jax.nn.router import RouterOptions, Routing
 from qwen_jax.nn.tokens import Tokens
 
 
@@ -48,7 +49,7 @@ class MtpHead(nn.Module):
     config: ModelConfig
     layer: type[nn.Module]
     dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
+    router: RouterOptions = RouterOptions()
 
     def setup(self):
         """Declares the blocks."""
@@ -58,7 +59,7 @@ class MtpHead(nn.Module):
         self.fc = CompiledLinear(config.hidden_size, stddev=config.initializer_range)
         (kind,) = config.layer_types
         self.layers = [
-            self.layer(config, kind, config.moe is not None, self.dispatch, self.capacity_factor)
+            self.layer(config, kind, config.moe is not None, self.dispatch, self.router)
             for _ in range(self.config.mtp_layers)
         ]
         self.norm = norm_of(config, CompiledNorm)

@@ -13,8 +13,9 @@ from qwen_jax.nn.cache import LayerCache
 from qwen_jax.nn.gated_delta_net import GatedDeltaNet
 from qwen_jax.nn.linear import Linear
 from qwen_jax.nn.mlp import SwiGLU
-from qwen_jax.nn.moe import Dispatch, Routing
+from qwen_jax.nn.moe import Dispatch
 from qwen_jax.nn.norms import RMSNorm
+from qwen_jax.nn.router import RouterOptions, Routing
 from qwen_jax.nn.sparse_moe import SparseMoe
 from qwen_jax.nn.tokens import Parts, Tokens, over_parts
 from qwen_jax.sharding.axes import HIDDEN, constrain, gather
@@ -27,14 +28,14 @@ class DecoderLayer(nn.Module):
       config: of the model.
       kind: of the mixer.
       is_sparse: whether the feed-forward block is a mixture of experts.
-      dispatch, capacity_factor: as `SparseMoe` has them.
+      dispatch, router: as `SparseMoe` has them.
     """
 
     config: ModelConfig
     kind: LayerKind
     is_sparse: bool
     dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
+    router: RouterOptions = RouterOptions()
 
     @nn.compact
     def __call__(
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
         x = constrain(x + mixed, tokens.layout, *HIDDEN)
         normed = norm_of(config, RMSNorm, name="post_attention_layernorm")(x)
         if self.is_sparse:
-            experts = SparseMoe(config, self.dispatch, self.capacity_factor, name="mlp")
+            experts = SparseMoe(config, self.dispatch, self.router, name="mlp")
             y, routing = experts(
                 normed, tokens.real, tokens.layout, tokens.places, tokens.num_tokens
             )

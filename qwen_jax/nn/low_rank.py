@@ -82,7 +82,7 @@ def cast(params: Any, dtype: jnp.dtype) -> Any:
             return leaf.replace(base=one(leaf.base), a=a, b=b)
         return leaf.astype(dtype)
 
-    return jax.tree.map(one, params, is_leaf=_is_weight)
+    return jax.tree.map(one, params, is_leaf=is_weight)
 
 
 def attach(params: Tree, adapter: Tree) -> dict[str, Any]:
@@ -165,5 +165,6 @@ def _flat(tree: Tree) -> dict[tuple[str, ...], Any]:
     return flax.traverse_util.flatten_dict(dict(tree))
 
 
-def _is_weight(node: Any) -> bool:
+def is_weight(node: Any) -> bool:
+    """Whether a node of a parameter tree is a weight that is no array by itself."""
     return isinstance(node, QuantizedWeight | LowRankWeight)

@@ -1,19 +1,16 @@
-"""Mixtures of experts: the router, and five ways to run the experts that it chose.
+"""Mixtures of experts: five ways to run the experts that a router chose.
 
 Here N is the number of tokens, E of experts, k of experts a token goes to, F an expert's width.
 """
 
 import enum
-import math
 from collections.abc import Mapping
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import MoeSpec
-from qwen_jax.errors import UserError
 from qwen_jax.nn.expert_blocks import (
     LARGEST_BLOCK,
     Leaf,
@@ -24,8 +21,9 @@ from qwen_jax.nn.expert_blocks import (
     run_blocks,
 )
 from qwen_jax.nn.kernels.mosaic import kernel_precision
-from qwen_jax.nn.linear import as_dense, linear
+from qwen_jax.nn.linear import as_dense
 from qwen_jax.nn.low_rank import LowRankWeight, add_update
+from qwen_jax.nn.router import Routing, places_of
 
 
 class Dispatch(enum.StrEnum):
@@ -47,100 +45,6 @@ class Dispatch(enum.StrEnum):
     RAGGED = "ragged"
     GATHER = "gather"
     CAPACITY = "capacity"
-
-
-@flax.struct.dataclass
-class Routing:
-    """Where the router sends tokens. Under `jit`, fields that nobody reads cost nothing.
-
-    Attributes:
-      logits: [..., E], in the activations' dtype.
-      experts: int32 [..., k], the likeliest first; E where the token was dropped.
-      weights: [..., k] in the logits' dtype, what the experts' outputs are multiplied with.
-      counts: int32 [E], real tokens that chose each expert, the dropped ones included.
-      dropped: int32 [], how many choices of real tokens found no place.
-    """
-
-    logits: jax.Array
-    experts: jax.Array
-    weights: jax.Array
-    counts: jax.Array
-    dropped: jax.Array
-
-
-def route(x: jax.Array, weight: jax.Array, spec: MoeSpec, real: jax.Array | None = None) -> Routing:
-    """The k likeliest experts of each token.
-
-    The softmax is over all experts and in float32; the chosen probabilities are then divided by
-    their sum, or with `spec.renormalise` unset left as they are.
-
-    Args:
-      x: [..., D].
-      weight: [E, D].
-      spec: how many experts, and what their weights are.
-      real: bool [...], False for padding, which is routed but not counted; None for all real.
-    """
-    logits = linear(x, weight)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, spec.num_experts_per_tok)
-    if spec.renormalise:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    experts = experts.astype(jnp.int32)
-    counted = experts if real is None else jnp.where(real[..., None], experts, spec.num_experts)
-    return Routing(
-        logits=logits,
-        experts=experts,
-        weights=weights.astype(logits.dtype),
-        counts=count_choices(counted, spec.num_experts),
-        dropped=jnp.zeros((), jnp.int32),
-    )
-
-
-def capacity_of(num_tokens: int, spec: MoeSpec, capacity_factor: float) -> int:
-    """Tokens that an expert takes: `capacity_factor` times its even share, rounded up.
-
-    Raises:
-      UserError: a factor that leaves no room for any token.
-    """
-    if not capacity_factor > 0:
-        raise UserError(f"capacity_factor = {capacity_factor} must be above 0")
-    return math.ceil(capacity_factor * num_tokens * spec.num_experts_per_tok / spec.num_experts)
-
-
-def limit_capacity(
-    routing: Routing,
-    capacity: int,
-    real: jax.Array | None = None,
-    places: jax.Array | None = None,
-) -> Routing:
-    """`routing` without the choices that find their expert full.
-
-    Tokens are served in their order, whatever the rank of the choice, so that no token loses its
-    place to a later one of the same text. Padding is dropped too, takes no place and is not
-    counted. A dropped choice adds nothing: the token passes by the residual.
-
-    Args:
-      routing: of tokens [...].
-      capacity: places of each expert.
-      real: bool [...], False for padding; None for all real.
-      places: int32 [B, T], of tokens [B, T] their order in each row; None for the array's.
-    """
-    E = routing.logits.shape[-1]
-    wanted = routing.experts
-    if real is not None:
-        wanted = jnp.where(real[..., None], wanted, E)
-    if places is None:
-        before = _places(wanted, E)
-    else:
-        order = jnp.argsort(places, axis=1)[..., None]
-        before = _places(jnp.take_along_axis(wanted, order, axis=1), E)
-        before = jnp.take_along_axis(before, jnp.argsort(order, axis=1), axis=1)
-    kept = (before < capacity) & (wanted < E)
-    return routing.replace(
-        experts=jnp.where(kept, wanted, E),
-        weights=jnp.where(kept, routing.weights, 0),
-        dropped=jnp.sum((wanted < E) & ~kept, dtype=jnp.int32),
-    )
 
 
 def mix_experts(
@@ -202,16 +106,6 @@ def _as_dense(experts: Mapping[str, Leaf], dtype: jnp.dtype) -> dict[str, Leaf]:
     return {name: as_dense(leaf, dtype) for name, leaf in experts.items()}
 
 
-def _places(experts: jax.Array, E: int) -> jax.Array:
-    """How many choices before this one, in the order of the array, are of the same expert."""
-    flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = count_choices(flat, E)
-    first = (jnp.cumsum(sizes) - sizes)[flat[order]]
-    places = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) - first)
-    return places.reshape(experts.shape)
-
-
 def weigh_outputs(outputs: jax.Array, weights: jax.Array) -> jax.Array:
     """float32 sum over the k outputs [N, k, D] of each token."""
     return jnp.sum((outputs * weights[..., None]).astype(jnp.float32), axis=1)
@@ -265,7 +159,7 @@ def _run_buffers(
     E: int,
     capacity: int,
 ) -> jax.Array:
-    places = _places(chosen, E)
+    places = places_of(chosen, E)
     tokens = jnp.broadcast_to(jnp.arange(len(x))[:, None], chosen.shape)
     buffers = jnp.zeros((E, capacity, x.shape[-1]), x.dtype)
     buffers = buffers.at[chosen, places].set(x[tokens], mode="drop")

@@ -15,17 +15,18 @@ from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.linear import Linear, fetch_param
 from qwen_jax.nn.low_rank import base_of
 from qwen_jax.nn.mlp import SwiGLU
-from qwen_jax.nn.moe import (
-    Dispatch,
-    Routing,
-    capacity_of,
-    choose_dispatch,
-    limit_capacity,
-    mix_chosen,
-    mix_experts,
-    route,
-)
+from qwen_jax.nn.moe import Dispatch, choose_dispatch, mix_chosen, mix_experts
 from qwen_jax.nn.quantized import QuantizedWeight
+from qwen_jax.nn.router import (
+    Assignment,
+    RouterOptions,
+    Routing,
+    assign,
+    capacity_of,
+    limit_capacity,
+    route,
+    router_logits,
+)
 from qwen_jax.sharding.axes import HIDDEN, TOKENS, Layout, num_shards, on_shards, parameter_axes
 
 
@@ -35,12 +36,12 @@ class SparseMoe(nn.Module):
     Attributes:
       config: with `moe`.
       dispatch: how the experts run; None for `choose_dispatch`'s choice.
-      capacity_factor: of `Dispatch.CAPACITY`, and only of it.
+      router: what training does to the router.
     """
 
     config: ModelConfig
     dispatch: Dispatch | None = None
-    capacity_factor: float | None = None
+    router: RouterOptions = RouterOptions()
 
     @nn.compact
     def __call__(
@@ -66,26 +67,34 @@ class SparseMoe(nn.Module):
         config, spec = self.config, self.config.moe
         E, F, D = spec.num_experts, spec.intermediate_size, config.hidden_size
         std = config.initializer_range
-        routing = _route_on_shards(x, _Weight((E, D), std, name="gate")(), spec, real, layout)
+        noise = None
+        if self.router.noise and self.has_rng("router"):
+            shape = (*x.shape[:-1], E)
+            noise = self.router.noise * jax.random.normal(self.make_rng("router"), shape)
+        gate = _Gate(E, D, std, spec.score_bias, name="gate")()
+        with jax.named_scope("router"):
+            routing = _route_on_shards(x, gate, spec, self.router, real, layout, noise)
         experts = _Experts(E, F, D, std, name="experts")()
         at_once = math.prod(x.shape[:-1])
         num_tokens = at_once if num_tokens is None else num_tokens
         if layout is not None:
             at_once //= layout.num_expert_groups
         packed = any(isinstance(base_of(leaf), QuantizedWeight) for leaf in experts.values())
-        method = self.dispatch
+        method, factor = self.dispatch, self.router.capacity_factor
+        if method is None and factor is not None:
+            method = Dispatch.CAPACITY
         if method is None:
             platform = jax.default_backend() if layout is None else layout.platform
             method = choose_dispatch(at_once, spec, platform, packed)
         method = Dispatch(method)
         capacity = None
-        if (self.capacity_factor is not None) != (method is Dispatch.CAPACITY):
+        if (factor is not None) != (method is Dispatch.CAPACITY):
             raise UserError(
-                f"capacity_factor = {self.capacity_factor} with dispatch = {method.value}: give a "
+                f"capacity_factor = {factor} with dispatch = {method.value}: give a "
                 f"factor with dispatch = {Dispatch.CAPACITY.value}, and only there"
             )
-        if self.capacity_factor is not None:
-            capacity = capacity_of(num_tokens, spec, self.capacity_factor)
+        if factor is not None:
+            capacity = capacity_of(num_tokens, spec, factor)
             routing = limit_capacity(routing, capacity, real, places)
         with jax.named_scope("experts"):
             y = _mix_on_shards(x, routing, experts, method, capacity, layout)
@@ -107,6 +116,22 @@ class _Weight(nn.Module):
         return fetch_param(self, "weight", nn.initializers.normal(self.stddev), self.shape)
 
 
+class _Gate(nn.Module):
+    """Declares the router: `weight` [E, D], and with `biased` what its scores are raised by."""
+
+    E: int
+    D: int
+    stddev: float
+    biased: bool
+
+    @nn.compact
+    def __call__(self) -> tuple[Leaf, jax.Array | None]:
+        weight = fetch_param(self, "weight", nn.initializers.normal(self.stddev), (self.E, self.D))
+        if not self.biased:
+            return weight, None
+        return weight, fetch_param(self, "score_bias", nn.initializers.zeros, (self.E,))
+
+
 class _Experts(nn.Module):
     """Declares the three projections of all experts, as `mix_experts` takes them."""
 
@@ -123,19 +148,38 @@ class _Experts(nn.Module):
 
 
 def _route_on_shards(
-    x: jax.Array, weight: Leaf, spec: MoeSpec, real: jax.Array | None, layout: Layout | None
+    x: jax.Array,
+    gate: tuple[Leaf, jax.Array | None],
+    spec: MoeSpec,
+    options: RouterOptions,
+    real: jax.Array | None,
+    layout: Layout | None,
+    noise: jax.Array | None,
 ) -> Routing:
-    """`route` on each device for its own tokens, the counts summed over all."""
-    if layout is None:
-        return route(x, weight, spec, real)
+    """`route` on each device for its own tokens, the counts summed over all.
 
-    def shard(x, weight, real):
-        routing = route(x, weight, spec, real)
+    What is assigned jointly is so for the tokens of all devices.
+    """
+    weight, bias = gate
+    whole = jax.tree.map(lambda a: (None,) * a.ndim, weight)
+    if options.assignment != Assignment.TOP_K:
+        if bias is not None:
+            raise UserError(
+                f"router.assignment = {options.assignment}: the model's router has a bias of its "
+                "scores, which only top_k reads; take another model or top_k"
+            )
+        logits = on_shards(router_logits, layout, (HIDDEN, whole, HIDDEN), HIDDEN)
+        return assign(logits(x, weight, noise), spec, options, real)
+    if layout is None:
+        return route(x, weight, spec, real, bias, noise)
+
+    def shard(x, weight, real, bias, noise):
+        routing = route(x, weight, spec, real, bias, noise)
         return routing.replace(counts=jax.lax.psum(routing.counts, layout.axes_of(*TOKENS)))
 
     out_axes = Routing(HIDDEN, HIDDEN, HIDDEN, counts=(None,), dropped=())
-    whole = jax.tree.map(lambda a: (None,) * a.ndim, weight)
-    return on_shards(shard, layout, (HIDDEN, whole, TOKENS), out_axes)(x, weight, real)
+    in_axes = (HIDDEN, whole, TOKENS, (None,), HIDDEN)
+    return on_shards(shard, layout, in_axes, out_axes)(x, weight, real, bias, noise)
 
 
 def _mix_on_shards(

@@ -74,6 +74,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     r"(mlp|shared_expert)/(gate|up)_proj/weight": ("width", "hidden"),
     r"(mlp|shared_expert)/down_proj/weight": ("hidden", "width"),
     r"mlp/(gate|shared_expert_gate)/weight": (None, "hidden"),
+    r"mlp/gate/score_bias": (None,),
     r"mtp/fc/weight": (None, "hidden"),
     r"(score|score_\d|project|risk|category)/weight": (None, "hidden"),
     r"(score|score_\d)/bias": (None,),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
+from qwen_jax.training.routing_sums import Grouping
 
 
 @flax.struct.dataclass
@@ -20,6 +21,9 @@ class Batch:
         what is predicted. None for 1.
       attention_mask: [B, T], 1 for real tokens; padding is neither predicted nor learned from.
       positions: int [B, T]; None for 0..T-1.
+      groups: by name, which rows or tokens the routers' losses and figures count together; those of
+        `training.forward.with_groups`. None for all together.
+      domains: int32 [B], the domain of each row, for figures; None for none.
       segment_ids: int [B, T], which of several texts in the row a token belongs to; it sees that
         text only, and its last token predicts nothing.
     """
@@ -30,6 +34,8 @@ class Batch:
     attention_mask: jax.Array | None = None
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
+    groups: dict[str, Grouping] | None = None
+    domains: jax.Array | None = None
 
 
 def in_parts(batch: Any, count: int) -> Any:
@@ -83,6 +89,15 @@ def real_tokens(batch: Batch) -> jax.Array:
     if batch.attention_mask is None:
         return jnp.ones(batch.input_ids.shape, bool)
     return batch.attention_mask.astype(bool)
+
+
+def key_of(batch: Batch) -> jax.Array:
+    """A key that comes of the batch's token ids: other tokens, other random numbers, no state."""
+    ids = batch.input_ids.astype(jnp.uint32)
+    # Odd factors, so that the order of tokens counts and none is lost.
+    factors = 2 * jnp.arange(ids.size, dtype=jnp.uint32).reshape(ids.shape) + 1
+    mixed = (ids + 1) * factors * jnp.uint32(2654435761)
+    return jax.random.key(jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32))
 
 
 def shift(a: jax.Array) -> jax.Array:

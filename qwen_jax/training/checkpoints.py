@@ -101,7 +101,7 @@ class Checkpoints:
         state: TrainState,
         step: int,
         data: grain.DatasetIterator,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Begins to write a checkpoint; the state may be donated as soon as this returns.
 
@@ -117,7 +117,7 @@ class Checkpoints:
                         _DATA: grain.checkpoint.CheckpointSave(data),
                     }
                 ),
-                metrics=None if metrics is None else dict(metrics),
+                metrics=None if metrics is None else _numbers(metrics),
                 force=True,
             )
 
@@ -174,6 +174,10 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._manager.reload()
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 @contextlib.contextmanager

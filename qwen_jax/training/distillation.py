@@ -115,9 +115,9 @@ def distillation(options: DistillationOptions, teacher: Decoder) -> Objective:
         sums = DistillationSums(weights.sum(), total, **found, router=router)
         whole = sums if whole is None else whole
         mean = share(total, whole.weights)
-        return mean + router_loss(model, router, step, whole.router), sums
+        return mean + router_loss(model, params, router, step, whole.router), sums
 
-    return Objective(loss, ahead_of(_count), _metrics)
+    return Objective(loss, ahead_of(_count), _metrics, of_texts=True)
 
 
 def check_teacher(config: ModelConfig, teacher: ModelConfig) -> None:
@@ -139,11 +139,11 @@ def _count(batch: Batch) -> DistillationSums:
     return DistillationSums(targets_of(batch, 1)[1][0].sum())
 
 
-def _metrics(sums: DistillationSums, step: TrainOptions) -> Metrics:
+def _metrics(model: Decoder, sums: DistillationSums, step: TrainOptions) -> Metrics:
     return {
         "loss": share(sums.total, sums.weights),
         "kl": share(sums.kl, sums.weights),
         "cross_entropy": share(sums.cross_entropy, sums.weights),
         "tokens": sums.weights,
-        **router_metrics(sums.router, step),
+        **router_metrics(model, sums.router, step),
     }

@@ -1,18 +1,24 @@
 """A pass of training: parameters in the dtype that is computed with, what the output head reads."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.models.placement import arrange
 from qwen_jax.nn.low_rank import LowRankWeight, cast, merged
 from qwen_jax.nn.tokens import Tokens
-from qwen_jax.training.balancing import RouterSums, sum_routing
-from qwen_jax.training.batch import Batch, follows, real_tokens, shift
-from qwen_jax.training.layers import rematerialise, run_layers, scan_layers
+from qwen_jax.sharding.axes import num_shards
+from qwen_jax.training.balancing import DOMAIN, make_grouping
+from qwen_jax.training.batch import Batch, follows, key_of, real_tokens, shift
+from qwen_jax.training.layers import Watch, rematerialise, run_layers, scan_layers
+from qwen_jax.training.partition import combine
+from qwen_jax.training.routing_sums import ALL_TOKENS, GLOBAL, Grouping, RouterSums, sum_routing
+from qwen_jax.training.score_bias import take_apart
 from qwen_jax.training.stacking import (
     Params,
     is_stacked,
@@ -30,7 +36,9 @@ def as_computed(model: Decoder, params: Params, options: TrainOptions) -> Params
     """
     config = model.config
     with jax.named_scope("cast"):
-        params = cast(params, options.dtype)
+        # Steps move biases by less than bfloat16 can tell.
+        params, biases = take_apart(params)
+        params = combine(cast(params, options.dtype), biases)
         if not options.scan:
             return unstack_layers(params)
         if not is_stacked(params):
@@ -66,15 +74,20 @@ def forward(
         batch.segment_ids,
         method="begin",
     )
+    watch = _watch(model, batch, tokens, options)
     run = scan_layers if options.scan else run_layers
-    x, router = run(model, params, x, tokens, options.remat)
+    x, router = run(model, params, x, tokens, options.remat, watch)
     hidden, routers = [model.apply(variables, x, method="finish")], [router]
 
     def look_ahead(params: Params, x: jax.Array, ids: jax.Array, own: Tokens, step: int) -> Any:
-        x, routing = model.apply({"params": params}, x, ids, own, step, method="look_ahead")
+        rngs = watch.rngs(model.config.num_hidden_layers + step)
+        x, routing = model.apply(
+            {"params": params}, x, ids, own, step, method="look_ahead", rngs=rngs
+        )
         if routing is None:
             return x, None
-        return x, jax.tree.map(lambda a: a[None], sum_routing(routing, own.real))
+        sums = sum_routing(routing, own.real, watch.groupings, watch.each)
+        return x, jax.tree.map(lambda a: a[None], sums)
 
     next_ids, has_next = batch.input_ids, real_tokens(batch)
     for step in range(num_predictions(model, options) - 1):
@@ -93,6 +106,53 @@ def forward(
     return hidden, tokens, joined
 
 
+def with_groups(model: Decoder, batch: Batch, options: TrainOptions) -> Batch:
+    """`batch` with the groups that its rows or tokens are balanced and counted in.
+
+    A batch that is computed in parts has them beforehand: what is even in all of it is no matter of
+    a part.
+    """
+    spec = model.config.moe
+    if spec is None or batch.groups is not None:
+        return batch
+    balance, groups = options.balance, {}
+    devices = 1 if model.mesh is None else num_shards(model.mesh, "batch")
+    for name in balance.groupings(spec):
+        if name != DOMAIN:
+            shape = batch.input_ids.shape
+            groups[name] = make_grouping(name, shape, balance, devices, key_of(batch))
+        elif batch.domains is not None:
+            groups[name] = Grouping(batch.domains, balance.num_domains)
+    return batch.replace(groups=groups)
+
+
+def _watch(model: Decoder, batch: Batch, tokens: Tokens, options: TrainOptions) -> Watch:
+    """What a pass asks of its routers."""
+    spec, balance = model.config.moe, options.balance
+    if spec is None:
+        return Watch()
+    given = ALL_TOKENS if batch.groups is None else batch.groups
+    groups = {name: _arranged(tokens, given[name]) for name in given}
+    for name in balance.without_figures().groupings(spec):
+        if name not in groups:
+            raise UserError(
+                f"balance: groups of kind {name} are of rows of texts, which this objective makes "
+                "itself; balance all of the batch together (global)"
+            )
+    key = key_of(batch) if model.router.noise else None
+    return Watch(groups, balance.figures, key)
+
+
+def _arranged(tokens: Tokens, grouping: Grouping) -> Grouping:
+    """A grouping of a call's rows or tokens, as the layers have them."""
+    ids = grouping.ids
+    if ids is None:
+        return grouping
+    if ids.ndim == 1:
+        return grouping.replace(ids=jnp.pad(ids, (0, len(tokens.slots) - len(ids))))
+    return grouping.replace(ids=arrange(tokens, ids))
+
+
 def output_head(model: Decoder, params: Params) -> jax.Array:
     """The dense matrix [V, D] that turns hidden states into logits."""
     tied = model.config.tie_word_embeddings
@@ -109,12 +169,15 @@ def router_sums(
       params: of `as_computed`.
       counted: whether the use of experts is wanted, which costs a pass.
     """
+    options = dataclasses.replace(options, balance=options.balance.without_figures())
     router = jax.eval_shape(lambda: forward(model, params, batch, options)[2])
     if router is None or counted:
         return router and forward(model, params, batch, options)[2]
     router = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), router)
-    steps = num_predictions(model, options)
-    return router.replace(tokens=_routed_tokens(batch, router.tokens, steps))
+    # The router's other losses are means over all tokens.
+    tokens = _routed_tokens(batch, router.tokens, num_predictions(model, options))
+    groups = router.groups | {GLOBAL: router.groups[GLOBAL].replace(tokens=tokens[:, None])}
+    return router.replace(groups=groups)
 
 
 def _routed_tokens(batch: Batch, like: jax.Array, steps: int) -> jax.Array:

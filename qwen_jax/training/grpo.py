@@ -241,9 +241,9 @@ def grpo(options: GrpoOptions) -> Objective:
         )
         whole = sums if whole is None else whole
         found = _mean(sums, whole, options)
-        return found + router_loss(model, ours.router, step, whole.router), sums
+        return found + router_loss(model, params, ours.router, step, whole.router), sums
 
-    def metrics(sums: GrpoSums, step: TrainOptions) -> Metrics:
+    def metrics(model: Decoder, sums: GrpoSums, step: TrainOptions) -> Metrics:
         found = {
             "loss": _mean(sums, sums, options),
             "clip_share": share(sums.clipped, sums.tokens),
@@ -252,7 +252,7 @@ def grpo(options: GrpoOptions) -> Objective:
         }
         if options.kl:
             found["kl"] = share(sums.kl, sums.tokens)
-        return found | router_metrics(sums.router, step)
+        return found | router_metrics(model, sums.router, step)
 
     return Objective(loss, ahead_of(_count, lambda answers: answers.batch), metrics)
 

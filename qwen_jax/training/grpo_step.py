@@ -222,11 +222,7 @@ def _mean(rows: list[Figures]) -> Figures:
     """Of several updates' metrics."""
     if len(rows) == 1:
         return rows[0]
-    found = {
-        name: jnp.stack([row[name] for row in rows]).mean(axis=0)
-        for name in rows[0]
-        if name != "finite"
-    }
+    found = jax.tree.map(lambda *values: jnp.stack(values).mean(axis=0), *rows)
     return found | {"finite": jnp.stack([row["finite"] for row in rows]).all()}
 
 

@@ -1,6 +1,7 @@
 """The decoder's layers as training runs them: stacked and scanned, or one by one; with remat."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.tokens import Tokens
-from qwen_jax.training.balancing import RouterSums, sum_routing
+from qwen_jax.training.routing_sums import ALL_TOKENS, Grouping, RouterSums, sum_routing
 from qwen_jax.training.stacking import Params, segments
 
 Remat = Literal["none", "dots", "full"]
@@ -20,8 +21,35 @@ _KEPT = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is asked of the routers on the way, and what they are given.
+
+    Attributes:
+      groupings: that tokens are counted in.
+      each: whether the sums of every token are wanted.
+      key: of their noise; None for none.
+    """
+
+    groupings: Mapping[str, Grouping] = dataclasses.field(default_factory=lambda: ALL_TOKENS)
+    each: bool = False
+    key: jax.Array | None = None
+
+    def rngs(self, layer: int | jax.Array) -> dict[str, jax.Array]:
+        """Random numbers of a layer's router, as `apply` takes them."""
+        return {} if self.key is None else {"router": jax.random.fold_in(self.key, layer)}
+
+
+_WATCH = Watch()
+
+
 def run_layers(
-    model: Decoder, params: Params, x: jax.Array, tokens: Tokens, remat: Remat = "none"
+    model: Decoder,
+    params: Params,
+    x: jax.Array,
+    tokens: Tokens,
+    remat: Remat = "none",
+    watch: Watch = _WATCH,
 ) -> tuple[jax.Array, RouterSums | None]:
     """The layers one after another, each compiled on its own.
 
@@ -31,6 +59,7 @@ def run_layers(
       x, tokens: as `Decoder.begin` returns them.
       remat: what is kept for the backward pass: "none" keeps everything, "dots" the results of
         products with weights, "full" the layers' inputs only.
+      watch: of the routers.
 
     Returns:
       [B, T, D] before the final norm, and the routers' sums of the sparse layers, first to last;
@@ -38,33 +67,41 @@ def run_layers(
     """
     router = []
     for i in range(model.config.num_hidden_layers):
-        x, sums = _layer_function(model, i, remat, in_loop=False)(params[f"layers_{i}"], x, tokens)
+        layer = _layer_function(model, i, remat, watch, in_loop=False)
+        x, sums = layer(params[f"layers_{i}"], x, tokens, watch.rngs(i))
         if sums is not None:
             router.append(sums)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *router) if router else None
 
 
 def scan_layers(
-    model: Decoder, stacked: Params, x: jax.Array, tokens: Tokens, remat: Remat = "none"
+    model: Decoder,
+    stacked: Params,
+    x: jax.Array,
+    tokens: Tokens,
+    remat: Remat = "none",
+    watch: Watch = _WATCH,
 ) -> tuple[jax.Array, RouterSums | None]:
     """`run_layers` on the parameters of `stack_layers`, by a scan over each segment's repeats."""
     router = []
     for segment in segments(model.config):
         layers = [
-            _layer_function(model, segment.index(0, place), remat, in_loop=True)
+            _layer_function(model, segment.index(0, place), remat, watch, in_loop=True)
             for place in range(segment.period)
         ]
 
-        def body(x, places, layers=layers):
+        def body(x, repeat, layers=layers, segment=segment):
+            number, places = repeat
             sums = []
             for place, layer in enumerate(layers):
-                x, own = layer(places[place], x, tokens)
+                rngs = watch.rngs(segment.index(number, place))
+                x, own = layer(places[place], x, tokens, rngs)
                 if own is not None:
                     sums.append(own)
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums) if sums else None
 
         places = [stacked[segment.stack(place)] for place in range(segment.period)]
-        x, sums = jax.lax.scan(body, x, places)
+        x, sums = jax.lax.scan(body, x, (jnp.arange(segment.repeats), places))
         if sums is not None:
             # [repeats, sparse layers of the pattern, ...]
             router.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sums))
@@ -72,13 +109,15 @@ def scan_layers(
 
 
 def _layer_function(
-    model: Decoder, index: int, remat: Remat, in_loop: bool
-) -> Callable[[Params, jax.Array, Tokens], tuple[jax.Array, RouterSums | None]]:
+    model: Decoder, index: int, remat: Remat, watch: Watch, in_loop: bool
+) -> Callable[..., tuple[jax.Array, RouterSums | None]]:
     layer = model.layer(index)
 
-    def run(params, x, tokens):
-        x, _, routing = layer.apply({"params": params}, x, tokens, None)
-        return x, None if routing is None else sum_routing(routing, tokens.real)
+    def run(params, x, tokens, rngs):
+        x, _, routing = layer.apply({"params": params}, x, tokens, None, rngs=rngs)
+        if routing is None:
+            return x, None
+        return x, sum_routing(routing, tokens.real, watch.groupings, watch.each)
 
     return rematerialise(run, remat, in_loop)
 

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.models.placement import arrange
-from qwen_jax.training.balancing import RouterSums, balance_loss, router_z_loss
+from qwen_jax.nn.low_rank import LowRankWeight, is_weight, merged
+from qwen_jax.training.balancing import (
+    Group,
+    balance_loss,
+    router_z_loss,
+    similarity_loss,
+)
 from qwen_jax.training.batch import Batch, targets_of
 from qwen_jax.training.forward import (
     as_computed,
@@ -25,10 +31,14 @@ from qwen_jax.training.forward import (
     router_sums,
 )
 from qwen_jax.training.loss import cross_entropy
+from qwen_jax.training.router_figures import router_figures
+from qwen_jax.training.routing_sums import RouterSums
+from qwen_jax.training.score_bias import moves_of
 from qwen_jax.training.stacking import Params
 from qwen_jax.training.step_options import TrainOptions
 
-Metrics = dict[str, jax.Array]
+# Figures of routers are a dict in theirs.
+Metrics = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +55,17 @@ class Objective:
         parts' losses then add up to the batch's. `beside` is what the state has of that name.
       ahead: of (model, params, parts, options, beside), parts with a leading axis, the sums of the
         whole batch, as far as `loss` reads them.
-      metrics: of (sums, options) what is reported, "loss" and "tokens" among it.
+      metrics: of (model, sums, options) what is reported, "loss" and "tokens" among it.
+      of_texts: whether a batch is a `Batch` of rows [B, T] as the model reads them, which can be
+        balanced in groups.
       token_losses: whether `z_loss` and `mtp_loss` of the options are among what is made small;
         else a step refuses options that ask for one.
     """
 
     loss: Callable[..., tuple[jax.Array, Any]]
     ahead: Callable[..., Any]
-    metrics: Callable[[Any, TrainOptions], Metrics]
+    metrics: Callable[[Decoder, Any, TrainOptions], Metrics]
+    of_texts: bool = False
     token_losses: bool = False
 
 
@@ -123,7 +136,7 @@ def objective(
     loss, *ahead = share(jnp.stack(totals), whole.weights)
     if ahead:
         loss += options.mtp_loss * jnp.stack(ahead).mean()
-    return loss + router_loss(model, router, options, whole.router), sums
+    return loss + router_loss(model, params, router, options, whole.router), sums
 
 
 def sums_ahead(
@@ -146,7 +159,7 @@ def sums_ahead(
     return ahead_of(count)(model, params, parts, options)
 
 
-def metrics_of(sums: Sums, options: TrainOptions) -> Metrics:
+def metrics_of(model: Decoder, sums: Sums, options: TrainOptions) -> Metrics:
     """What is reported of a batch with these sums. Losses are before their coefficients.
 
     Returns:
@@ -161,10 +174,10 @@ def metrics_of(sums: Sums, options: TrainOptions) -> Metrics:
     }
     if ahead:
         metrics["mtp_loss"] = jnp.stack(ahead).mean()
-    return metrics | router_metrics(sums.router, options)
+    return metrics | router_metrics(model, sums.router, options)
 
 
-NEXT_TOKEN = Objective(objective, sums_ahead, metrics_of, token_losses=True)
+NEXT_TOKEN = Objective(objective, sums_ahead, metrics_of, of_texts=True, token_losses=True)
 
 
 def ahead_of(
@@ -193,38 +206,96 @@ def ahead_of(
 
 
 def router_loss(
-    model: Decoder, router: RouterSums | None, options: TrainOptions, whole: RouterSums | None
+    model: Decoder,
+    params: Params,
+    router: RouterSums | None,
+    options: TrainOptions,
+    whole: RouterSums | None,
 ) -> jax.Array | float:
     """The routers' losses with their coefficients, float32 []; 0 without experts.
 
     Args:
+      model: what is trained.
+      params: as computed.
       router: of a batch, or of a part of one.
+      options: of the step.
       whole: of the whole batch.
     """
     if router is None:
         return 0.0
-    balance = balance_loss(router, options.balance_pooling, whole)
-    loss = _balance_coefficient(model, options) * balance
-    return loss + options.router_z_loss * router_z_loss(router, whole)
+    balance = options.balance
+    loss = balance.z_loss * router_z_loss(router, whole)
+    for coefficient, group in _balanced(model, options):
+        loss += coefficient * _balance_loss(model, router, options, group, whole)
+    if balance.similarity:
+        # Not a sum over tokens: each part of a batch has its share of it.
+        total = (router if whole is None else whole).tokens.sum()
+        part = router.tokens.sum() / jnp.maximum(total, 1)
+        loss += balance.similarity * part * similarity_loss(_router_weights(params))
+    return loss
+
+
+def _balanced(model: Decoder, options: TrainOptions) -> list[tuple[float, Group]]:
+    """The balancing losses that count, with their coefficients."""
+    balance = options.balance
+    both = (
+        (balance.coefficient(model.config.moe), balance.group),
+        (balance.complement, balance.complement_group),
+    )
+    return [(coefficient, group) for coefficient, group in both if coefficient]
+
+
+def _balance_loss(
+    model: Decoder,
+    router: RouterSums,
+    options: TrainOptions,
+    group: Group,
+    whole: RouterSums | None = None,
+) -> jax.Array:
+    balance = options.balance
+    spec = model.config.moe
+    return balance_loss(router, spec, group, balance.form, balance.pooling, whole)
+
+
+def _router_weights(params: Params) -> list[jax.Array]:
+    """Of all routers, [..., E, D] each."""
+    return [
+        merged(leaf, jnp.float32) if isinstance(leaf, LowRankWeight) else leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mlp/gate/weight")
+    ]
 
 
 def _router_ahead(
     model: Decoder, params: Params, batch: Batch, options: TrainOptions
 ) -> RouterSums | None:
     """Of a part of a batch, what `router_loss` has to know of it before; `params` as computed."""
-    counted = model.config.moe is not None and bool(_balance_coefficient(model, options))
+    counted = model.config.moe is not None and bool(_balanced(model, options))
     return router_sums(model, params, batch, options, counted)
 
 
-def router_metrics(router: RouterSums | None, options: TrainOptions) -> Metrics:
-    """With experts "balance_loss", "router_z_loss", "expert_counts", int32 [sparse layers, E]."""
+def router_metrics(model: Decoder, router: RouterSums | None, options: TrainOptions) -> Metrics:
+    """What is reported of routers; nothing without experts.
+
+    Returns:
+      "balance_loss", of the group that is balanced, and "router_z_loss", before their coefficients;
+      "expert_counts", int32 [sparse layers, E]; with figures "router", a dict of `router_figures`;
+      where biases are moved "score_bias_moves", float32 [sparse layers, E].
+    """
     if router is None:
         return {}
-    return {
-        "balance_loss": balance_loss(router, options.balance_pooling),
+    balance, spec = options.balance, model.config.moe
+    group = balance.group if balance.coefficient(spec) else "global"
+    metrics: Metrics = {
+        "balance_loss": _balance_loss(model, router, options, group),
         "router_z_loss": router_z_loss(router),
         "expert_counts": router.counts,
     }
+    if router.each is not None:
+        metrics["router"] = router_figures(router, spec)
+    if balance.bias_rate:
+        metrics["score_bias_moves"] = moves_of(router, balance)
+    return metrics
 
 
 def check_no_token_losses(model: Decoder, options: TrainOptions) -> None:
@@ -244,11 +315,6 @@ def check_no_token_losses(model: Decoder, options: TrainOptions) -> None:
 def share(total: jax.Array, count: jax.Array) -> jax.Array:
     """`total / count`, 0 of nothing: a batch with nothing to learn has loss 0 and no gradients."""
     return total * jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)
-
-
-def _balance_coefficient(model: Decoder, options: TrainOptions) -> float:
-    given = options.balance_loss
-    return model.config.moe.aux_loss_coef if given is None else given
 
 
 def _sum_rows(weights: list[jax.Array]) -> jax.Array:

@@ -24,7 +24,7 @@ def partition(params: Any, trained: Trained) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """The inverse of `partition`; `trained` as it is where nothing is frozen (None)."""
+    """The inverse of `partition`; `trained` as it is where there is nothing else (None)."""
     if frozen is None:
         return trained
     return jax.tree.map(

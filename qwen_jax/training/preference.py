@@ -132,7 +132,7 @@ def preference(options: PreferenceOptions) -> Objective:
         whole = sums if whole is None else whole
         found = share(sums.loss, whole.pairs)
         found += options.sft * share(sums.cross_entropy, whole.chosen_tokens)
-        return found + router_loss(model, ours.router, step, whole.router), sums
+        return found + router_loss(model, params, ours.router, step, whole.router), sums
 
     return Objective(loss, ahead_of(_count, _rows), _metrics)
 
@@ -144,7 +144,7 @@ def _count(batch: Batch) -> PreferenceSums:
     )
 
 
-def _metrics(sums: PreferenceSums, step: TrainOptions) -> Metrics:
+def _metrics(model: Decoder, sums: PreferenceSums, step: TrainOptions) -> Metrics:
     return {
         "loss": share(sums.loss, sums.pairs),
         "accuracy": share(sums.correct, sums.pairs),
@@ -153,7 +153,7 @@ def _metrics(sums: PreferenceSums, step: TrainOptions) -> Metrics:
         "rejected_reward": share(sums.rejected, sums.pairs),
         "sft_loss": share(sums.cross_entropy, sums.chosen_tokens),
         "tokens": sums.tokens,
-        **router_metrics(sums.router, step),
+        **router_metrics(model, sums.router, step),
     }
 
 

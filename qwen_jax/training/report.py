@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
@@ -19,7 +20,9 @@ from qwen_jax.sharding.chips import CHIPS
 from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.objective import Metrics
 
-LOG, CURVE = "metrics.jsonl", "loss.png"
+LOG, ROUTER_LOG, CURVE = "metrics.jsonl", "router.jsonl", "loss.png"
+# In a row, the figures of each layer's router by name.
+_ROUTER = re.compile("(eval_)?router$")
 # Lines whose steps are traced.
 _TRACED_LINES = 5
 # What Weights & Biases knows the run by.
@@ -50,10 +53,14 @@ class ReportOptions:
         check_fields(self, every=Bounds(least=1), peak_flops=Bounds(above=0))
 
 
+# Figures by name; those of routers are a dict of arrays [layers] in it.
+Row = Mapping[str, Any]
+
+
 class Sink(Protocol):
     """Takes a run's lines."""
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """A line of figures by name."""
 
     def close(self) -> None:
@@ -86,7 +93,7 @@ class Reporter:
         self._flops, self._peak = flops, peak
         self._pending: tuple[int, Metrics] | None = None
         self._last = 0
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, Any]] = []
         self._since = time.monotonic()
 
     def step(self, number: int, metrics: Metrics) -> tuple[int, dict[str, float]] | None:
@@ -119,15 +126,17 @@ class Reporter:
         if self._rows:
             self._write()
 
-    def note(self, number: int, row: Mapping[str, float]) -> None:
+    def note(self, number: int, row: Row) -> None:
         """Writes a line of other figures, such as an evaluation's."""
         for sink in self._sinks:
             sink.write(number, row)
 
     def _read(self, number: int, metrics: Metrics) -> tuple[int, dict[str, float]]:
         metrics = jax.device_get(metrics)
-        counts = metrics.pop("expert_counts", None)
-        row = {name: float(value) for name, value in metrics.items()}
+        counts, figures = metrics.pop("expert_counts", None), metrics.pop("router", None)
+        row: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        if figures is not None:
+            row["router"] = figures
         if counts is not None:
             # 1 where every layer uses its experts evenly, E where one expert has all tokens.
             row["busiest_expert"] = float(
@@ -143,7 +152,8 @@ class Reporter:
         now = time.monotonic()
         seconds, self._since = max(now - self._since, 1e-9), now
         rows, self._rows = self._rows, []
-        line = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        line = jax.tree.map(lambda *values: np.mean(values, axis=0), *rows)
+        line = {name: v if _ROUTER.match(name) else float(v) for name, v in line.items()}
         line["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
         line["seconds_per_step"] = seconds / len(rows)
         if self._flops is not None and self._peak is not None:
@@ -151,28 +161,62 @@ class Reporter:
         self.note(self._last, line)
 
 
-class Lines:
-    """`WORKDIR/metrics.jsonl`, an object a line, each with its step.
+def numbers(row: Row) -> dict[str, float]:
+    """A row of numbers alone: of routers' figures the means over layers, as "router/max_vio".
 
-    Where a run goes on, what it had told behind the checkpoint is dropped: those steps come again.
+    What has more than a number for each layer is left out.
+    """
+    found = {}
+    for name, value in row.items():
+        if _ROUTER.match(name):
+            found |= {
+                f"{name}/{figure}": float(np.mean(values))
+                for figure, values in value.items()
+                if np.ndim(values) == 1
+            }
+        else:
+            found[name] = value
+    return found
+
+
+class Lines:
+    """`WORKDIR/metrics.jsonl`, an object a line, each with its step; and of routers `router.jsonl`.
+
+    The second has a list of all layers' values for each figure; with dense layers alone there is
+    none. Where a run goes on, what it had told behind the checkpoint is dropped: those steps come
+    again.
     """
 
     def __init__(self, workdir: Path, start: int):
-        rows = [row for row in read_log(workdir) if row["step"] <= start]
-        path, temporary = workdir / LOG, workdir / f"{LOG}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._workdir, self._start, self._router = workdir, start, None
+        self._file = _reopen(workdir, LOG, start)
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Adds a line."""
         # JSON has no word for numbers that are not finite.
-        values = {k: v if math.isfinite(v) else str(v) for k, v in row.items()}
+        values = {k: v if math.isfinite(v) else str(v) for k, v in numbers(row).items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        layers = {name: value for name, value in row.items() if _ROUTER.match(name)}
+        if layers:
+            if self._router is None:
+                self._router = _reopen(self._workdir, ROUTER_LOG, self._start)
+            lists = jax.tree.map(lambda values: np.asarray(values, np.float64).tolist(), layers)
+            self._router.write(json.dumps({"step": step, **lists}) + "\n")
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._file.close()
+        if self._router is not None:
+            self._router.close()
+
+
+def _reopen(workdir: Path, name: str, start: int) -> TextIO:
+    """A log to append to, without its lines behind step `start`."""
+    rows = [row for row in read_log(workdir, name) if row["step"] <= start]
+    path, temporary = workdir / name, workdir / f"{name}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
+    return path.open("a", buffering=1)
 
 
 class Bar:
@@ -181,7 +225,7 @@ class Bar:
     def __init__(self, start: int, stop: int):
         self._bar = tqdm.tqdm(total=stop, initial=start, desc="training", unit="step", disable=None)
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Moves the bar to `step`."""
         shown = {}
         for name, label, form in _SHOWN:
@@ -215,9 +259,9 @@ class TensorBoard:
             ) from None
         self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Adds a point to each figure's curve."""
-        for name, value in row.items():
+        for name, value in numbers(row).items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -246,9 +290,9 @@ class WeightsAndBiases:
             config=dict(settings),
         )
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Adds a point to each figure's curve."""
-        self._run.log(dict(row), step=step)
+        self._run.log(numbers(row), step=step)
 
     def close(self) -> None:
         """Sends what is left."""
@@ -261,7 +305,7 @@ class Trace:
     def __init__(self, workdir: Path):
         self._directory, self._lines = workdir / "profile", 0
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Begins behind the first line, and ends some lines on."""
         self._lines += 1
         if self._lines == 1:
@@ -307,9 +351,9 @@ def known_peak(devices: Sequence[jax.Device]) -> float | None:
     return CHIPS[names.pop()].flops * len(devices)
 
 
-def read_log(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, none where it is not there; what a kill cut is left out."""
-    path = workdir / LOG
+def read_log(workdir: Path, name: str = LOG) -> list[dict[str, Any]]:
+    """The lines of a log, none where it is not there; what a kill cut is left out."""
+    path = workdir / name
     if not path.is_file():
         return []
     rows = []

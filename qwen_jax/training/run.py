@@ -37,6 +37,7 @@ from qwen_jax.training.partition import partition
 from qwen_jax.training.placement import in_step, loader_share, to_devices
 from qwen_jax.training.report import draw_curve, known_peak, open_sinks
 from qwen_jax.training.run_options import RunOptions
+from qwen_jax.training.score_bias import fit_biases
 from qwen_jax.training.train_step import (
     TrainState,
     init_train_state,
@@ -191,7 +192,8 @@ def _begin(options: RunOptions, config: ModelConfig | None) -> tuple[Decoder, An
             key = jax.random.key(options.seed)
             config, params = upcycle(model.config, params, options.upcycle, key, model.mesh)
             model = _decoder(config, model.mesh)
-        return _changed(options, model), params
+        model = _changed(options, model)
+        return model, fit_biases(model.config, params)
     if config is None:
         config = load_config(resolve_source(options.model, weights=False))
     return _changed(options, _decoder(config, as_mesh(options.mesh))), None

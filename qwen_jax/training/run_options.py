@@ -27,6 +27,9 @@ class ConfigChanges:
     Attributes:
       rope_theta: base of RoPE's wavelengths; more of it for longer texts (arXiv 2309.16039).
       max_position_embeddings: the length that the model declares, in tokens.
+      renormalise: whether the chosen experts' probabilities are divided by their sum.
+      score_bias: whether each expert has a bias that takes part in the choice alone, for
+        `step.balance.bias_rate` to move; it begins with 0.
 
     Raises:
       UserError: a value that none of these can have.
@@ -34,6 +37,8 @@ class ConfigChanges:
 
     rope_theta: float | None = None
     max_position_embeddings: int | None = None
+    renormalise: bool | None = None
+    score_bias: bool | None = None
 
     def __post_init__(self):
         some = Bounds(above=0)
@@ -47,6 +52,13 @@ class ConfigChanges:
         if self.max_position_embeddings is not None:
             length = self.max_position_embeddings
             config = dataclasses.replace(config, max_position_embeddings=length)
+        asked = {name: getattr(self, name) for name in ("renormalise", "score_bias")}
+        changed = {name: value for name, value in asked.items() if value is not None}
+        if changed and config.moe is None:
+            raise UserError(f"changes.{next(iter(changed))}: the model has no experts")
+        if changed:
+            moe = dataclasses.replace(config.moe, **changed)
+            config = dataclasses.replace(config, moe=moe)
         return config
 
 

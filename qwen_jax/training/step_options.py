@@ -3,7 +3,8 @@
 import dataclasses
 from typing import get_args
 
-from qwen_jax.training.balancing import Pooling
+from qwen_jax.nn.router import RouterOptions
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.layers import Remat
 
@@ -23,9 +24,9 @@ class TrainOptions:
         in float32. The update is that of the whole batch; where a balancing loss counts, the parts
         run forward once more, before, to learn how the whole batch uses the experts.
       z_loss: coefficient of the softmax's squared log denominator, mean over tokens.
-      balance_loss: coefficient of the experts' balancing loss; None for the config's.
-      balance_pooling: as `training.balancing.balance_loss` has it.
-      router_z_loss: coefficient of the routers' squared log denominator.
+      balance: how experts are kept in use.
+      router: how tokens and experts come together in training; evaluations take each token's
+        likeliest experts, without noise and drop nothing.
       mtp_loss: coefficient of the mean cross entropy of the tokens further on, where the model has
         a head for them (arXiv 2412.19437, section 2.2). With 0 the head is not trained.
       block_size: tokens of a device whose logits it holds at once.
@@ -39,9 +40,8 @@ class TrainOptions:
     remat: Remat = "full"
     microbatches: int = 1
     z_loss: float = 0.0
-    balance_loss: float | None = None
-    balance_pooling: Pooling = "layer"
-    router_z_loss: float = 0.0
+    balance: BalanceOptions = dataclasses.field(default_factory=BalanceOptions)
+    router: RouterOptions = dataclasses.field(default_factory=RouterOptions)
     mtp_loss: float = 0.1
     block_size: int = 1024
 
@@ -51,10 +51,7 @@ class TrainOptions:
             self,
             dtype=DTYPES,
             remat=get_args(Remat),
-            balance_pooling=get_args(Pooling),
             z_loss=coefficient,
-            balance_loss=coefficient,
-            router_z_loss=coefficient,
             mtp_loss=coefficient,
             block_size=some,
             microbatches=some,

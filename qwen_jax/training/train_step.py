@@ -10,21 +10,27 @@ scans stacks them for itself.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.nn.router import RouterOptions
 from qwen_jax.training.batch import in_parts
+from qwen_jax.training.forward import with_groups
 from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective, check_no_token_losses
 from qwen_jax.training.partition import Trained, combine, partition
+from qwen_jax.training.router_figures import over_batches
+from qwen_jax.training.score_bias import is_score_bias, move, take_apart
 from qwen_jax.training.stacking import (
     Params,
     is_stacked,
@@ -35,6 +41,10 @@ from qwen_jax.training.stacking import (
 from qwen_jax.training.step_options import TrainOptions
 
 _DEFAULTS = TrainOptions()
+
+
+class RouterLearnsNothing(UserWarning):
+    """A router whose one chosen expert has weight 1, whatever the router says."""
 
 
 @flax.struct.dataclass
@@ -48,6 +58,8 @@ class TrainState:
       opt_state: of the optax optimiser.
       frozen: the parameters that are not trained, in any dtype or packed, None in the places of
         the others; None if all are trained. Never stacked; steps hand on the same arrays.
+      moved: parameters that steps move without a gradient, None in the places of the others: the
+        biases of routers' scores, in a model that has some.
       beside: what an objective reads besides, such as the parameters of another model, in any tree
         and dtype; None for nothing. Steps hand on the same arrays.
     """
@@ -56,15 +68,16 @@ class TrainState:
     params: Any
     opt_state: Any
     frozen: Any = None
+    moved: Any = None
     beside: Any = None
 
     def whole(self) -> Params:
         """All parameters in the tree of the model; what is stacked is copied."""
-        return combine(unstack_layers(self.params), self.frozen)
+        return combine(unstack_layers(combine(self.params, self.moved)), self.frozen)
 
     def to_run(self) -> Params:
         """All parameters as evaluations take them, stacked where that spares a copy."""
-        return self.params if self.frozen is None else self.whole()
+        return combine(self.params, self.moved) if self.frozen is None else self.whole()
 
 
 def init_train_state(
@@ -95,13 +108,11 @@ def init_train_state(
     """
     if (key is None) == (params is None):
         raise ValueError("give a key to draw parameters from, or parameters")
-    frozen = None
-    if trained is not None:
-        if params is None:
-            raise ValueError("give parameters, to freeze some of them")
-        params, frozen = partition(params, trained)
-        if not jax.tree.leaves(params):
-            raise UserError("no parameter is trained; add adapters, or train all")
+    if trained is not None and params is None:
+        raise ValueError("give parameters, to freeze some of them")
+    params, frozen = _thawed(params, trained)
+    if trained is not None and not jax.tree.leaves(params):
+        raise UserError("no parameter is trained; add adapters, or train all")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -113,7 +124,8 @@ def init_train_state(
     def start(params: Params) -> TrainState:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         params = stack_layers(model.config, params) if stacked else params
-        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+        params, moved = take_apart(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params), moved=moved)
 
     def draw(key: jax.Array) -> TrainState:
         ids = jnp.zeros((1, 1), jnp.int32)
@@ -144,8 +156,14 @@ def abstract_train_state(
       params: or their shapes, where they are not what the config makes: with adapters, or packed.
     """
     shapes = parameter_shapes(model.config) if params is None else _shapes(params)
-    parts = (shapes, None) if trained is None else partition(shapes, trained)
-    return _abstract_state(model, optimiser, *parts, stacked)
+    return _abstract_state(model, optimiser, *_thawed(shapes, trained), stacked)
+
+
+def _thawed(params: Any, trained: Trained | None) -> tuple[Any, Any]:
+    """What a step changes, and what is frozen; None for nothing."""
+    if trained is None:
+        return params, None
+    return partition(params, lambda name: trained(name) or is_score_bias(name))
 
 
 def _shapes(params: Any) -> Any:
@@ -162,8 +180,9 @@ def _abstract_state(
     if stacked:
         params = jax.eval_shape(functools.partial(stack_layers, model.config), params)
     params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(jnp.float32)), params)
+    params, moved = take_apart(params)
     opt_state = jax.eval_shape(optimiser.init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, moved=moved)
     if model.mesh is None:
         return state.replace(frozen=frozen)
 
@@ -181,7 +200,7 @@ def _abstract_state(
         return leaf.update(sharding=sharding if leaf.shape == shape else everywhere)
 
     state = jax.tree_util.tree_map_with_path(place, state)
-    return state.replace(frozen=_placed(model, frozen))
+    return state.replace(moved=_placed(model, moved), frozen=_placed(model, frozen))
 
 
 def _placed(model: Decoder, shapes: Any) -> Any:
@@ -252,6 +271,8 @@ def make_train_step(
         )
     if not objective.token_losses:
         check_no_token_losses(model, options)
+    _check_routers(model, options)
+    model = model.clone(router=options.router)
     shardings = None
     if model.mesh is not None:
         state = abstract_train_state(model, optimiser) if state is None else state
@@ -265,28 +286,33 @@ def make_train_step(
         if frozen is not None and is_stacked(state.params):
             kept = stack_layers(model.config, frozen)
 
+        if objective.of_texts:
+            batch = with_groups(model, batch, options)
+
         def loss(params: Params, batch: Any, whole: Any) -> tuple[jax.Array, Any]:
-            params = combine(params, kept)
+            params = combine(combine(params, state.moved), kept)
             return objective.loss(model, params, batch, options, whole, beside)
 
         def ahead(parts: Any) -> Any:
-            params = combine(state.params, kept)
+            params = combine(combine(state.params, state.moved), kept)
             return objective.ahead(model, params, parts, options, beside)
 
         gradients, sums = _gradients(loss, ahead, state.params, batch, options.microbatches, places)
-        metrics = objective.metrics(sums, options)
+        metrics = objective.metrics(model, sums, options)
+        moves = metrics.pop("score_bias_moves", None)
         with jax.named_scope("update"):
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params, opt_state = jax.tree.map(
+            moved = state.moved if moves is None else move(model.config, state.moved, moves)
+            params, opt_state, moved = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state),
-                (state.params, state.opt_state),
+                (params, opt_state, moved),
+                (state.params, state.opt_state, state.moved),
             )
         metrics |= {"grad_norm": norm, "finite": finite}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, moved=moved), metrics
 
     if shardings is None:
         return TrainStep(jax.jit(step, donate_argnums=0))
@@ -302,26 +328,72 @@ def make_train_step(
 
 
 def make_evaluation(
-    model: Decoder, options: TrainOptions = _DEFAULTS, objective: Objective = NEXT_TOKEN
-) -> Callable[..., dict[str, float]]:
+    model: Decoder,
+    options: TrainOptions = _DEFAULTS,
+    objective: Objective = NEXT_TOKEN,
+    at_rest: bool = True,
+) -> Callable[..., dict[str, Any]]:
     """A function of (params, batches, beside=None): the objective's metrics over all batches.
 
-    Their names begin with "eval_"; experts' counts are left out.
-    """
-    run = jax.jit(
-        lambda params, beside, batch: objective.loss(model, params, batch, options, None, beside)[1]
-    )
+    Their names begin with "eval_", and experts' counts are left out. What is of a batch or of its
+    parts is a mean over the batches: "balance_loss", and of routers' figures, "router", some such
+    as "max_vio_batch".
 
-    def evaluate(params: Params, batches: Iterable[Any], beside: Any = None) -> dict[str, float]:
+    Args:
+      model: what is trained.
+      options: of its steps.
+      objective: what is made small.
+      at_rest: whether routers take each token's likeliest experts, as they do when a model is used,
+        and not as training has them.
+    """
+    model = model.clone(router=RouterOptions() if at_rest else options.router)
+
+    def run(params: Params, beside: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        if objective.of_texts:
+            batch = with_groups(model, batch, options)
+        sums = objective.loss(model, params, batch, options, None, beside)[1]
+        metrics = objective.metrics(model, sums, options)
+        return sums, {name: metrics[name] for name in ("balance_loss", "router") if name in metrics}
+
+    compiled = jax.jit(run)
+
+    def evaluate(params: Params, batches: Iterable[Any], beside: Any = None) -> dict[str, Any]:
+        found = [compiled(params, beside, batch) for batch in batches]
         sums = functools.reduce(
-            lambda a, b: jax.tree.map(jnp.add, a, b),
-            (run(params, beside, batch) for batch in batches),
+            lambda a, b: jax.tree.map(jnp.add, a, b), (sums for sums, _ in found)
         )
-        metrics = objective.metrics(sums, options)
-        metrics.pop("expert_counts", None)
-        return {f"eval_{name}": float(value) for name, value in metrics.items()}
+        metrics = objective.metrics(model, sums, options)
+        for name in ("expert_counts", "score_bias_moves"):
+            metrics.pop(name, None)
+        figures = metrics.pop("router", None)
+        if "balance_loss" in metrics:
+            metrics["balance_loss"] = np.mean([own["balance_loss"] for _, own in found])
+        evaluated = {f"eval_{name}": float(value) for name, value in metrics.items()}
+        if figures is not None:
+            evaluated["eval_router"] = over_batches(figures, [own["router"] for _, own in found])
+        return evaluated
 
     return evaluate
+
+
+def _check_routers(model: Decoder, options: TrainOptions) -> None:
+    """Refuses a bias that is not there, and warns of a router that would learn nothing."""
+    moe, balance = model.config.moe, options.balance
+    if moe is None:
+        return
+    if balance.bias_rate and not moe.score_bias:
+        raise UserError(
+            f"balance.bias_rate = {balance.bias_rate}: the model's routers have no bias of their "
+            "scores; set score_bias of its config's moe, in a run changes.score_bias"
+        )
+    if moe.num_experts_per_tok == 1 and moe.renormalise:
+        warnings.warn(
+            "num_experts_per_tok = 1 with renormalise (norm_topk_prob): each expert's weight is 1, "
+            "so that routers learn nothing from the loss of tokens; unset renormalise, or choose "
+            "more experts",
+            RouterLearnsNothing,
+            stacklevel=3,
+        )
 
 
 def _gradients(

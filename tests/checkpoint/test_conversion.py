@@ -248,6 +248,72 @@ def test_a_cast_that_overflows_is_refused_and_leaves_nothing(mixed, tmp_path, re
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+BIAS, GATE = "mlp.gate.e_score_correction_bias", "mlp.gate.weight"
+
+
+@pytest.fixture(params=["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"])
+def biased(request, tmp_path):
+    """A checkpoint whose routers' scores have biases, and these by name."""
+    source = save_reference(random_reference(request.param), tmp_path / "biased")
+    tensors, rng = stored(source), np.random.default_rng(0)
+    gates = [name for name in tensors if name.endswith(GATE)]
+    biases = {
+        name.removesuffix(GATE) + BIAS: rng.normal(size=6).astype(np.float32) for name in gates
+    }
+    safetensors.numpy.save_file(tensors | biases, source / "model.safetensors", {"format": "pt"})
+    set_field(source, router_score_bias=True)
+    return source, biases
+
+
+def set_field(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_biases_of_routers_scores_come_and_go(biased, tmp_path):
+    source, biases = biased
+    model, params = qwen_jax.load_pretrained(source)
+    assert model.config.moe.score_bias
+    found = {
+        name: values
+        for name, values in flatten_dict(params, sep="/").items()
+        if name.endswith("score_bias")
+    }
+    assert len(biases) == model.config.num_hidden_layers
+    assert found.keys() == {
+        f"layers_{i}/mlp/gate/score_bias" for i in range(model.config.num_hidden_layers)
+    }
+    for i, name in enumerate(f"model.layers.{i}.{BIAS}" for i in range(len(biases))):
+        np.testing.assert_array_equal(found[f"layers_{i}/mlp/gate/score_bias"], biases[name])
+    qwen_jax.save_pretrained(tmp_path / "saved", model.config, params)
+    convert(source, tmp_path / "orbax", "orbax")
+    for name, directory in (("hf", source), ("from orbax", tmp_path / "orbax")):
+        convert(directory, tmp_path / name, "hf")
+        assert_same_bits(stored(tmp_path / name), stored(source))
+    for name in ("saved", "hf", "from orbax"):
+        assert load_config(tmp_path / name).moe == model.config.moe
+        tensors = stored(tmp_path / name)
+        assert_same_bits({key: tensors[key] for key in tensors if key.endswith(BIAS)}, biases)
+        again = qwen_jax.load_pretrained(tmp_path / name)[1]
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_biases_of_routers_scores_that_config_json_does_not_tell_of_are_refused(
+    biased, refused, said
+):
+    source, biases = biased
+    set_field(source, router_score_bias=said)
+    refused(lambda: qwen_jax.load_pretrained(source), str(source), "unknown tensors", min(biases))
+
+
+def test_biases_of_routers_scores_that_are_not_there_are_refused(biased, refused):
+    source, biases = biased
+    tensors = {name: values for name, values in stored(source).items() if name not in biases}
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    refused(lambda: qwen_jax.load_pretrained(source), str(source), "missing tensors", min(biases))
+
+
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])
 def test_a_target_that_exists_is_refused_before_any_work(tmp_path, refused, kind):
     target = tmp_path / "target"

@@ -6,6 +6,7 @@ import torch
 
 import qwen_jax
 from qwen_jax.nn.moe import Dispatch
+from qwen_jax.nn.router import RouterOptions
 from tests.models.passes import (
     TOLERANCE,
     check_cached_pieces,
@@ -274,9 +275,13 @@ def test_a_model_runs_its_experts_in_the_way_that_it_is_given(tmp_path):
     expected = reference_logits(reference, ids)
     for method in Dispatch:
         room = 3.0 if method is Dispatch.CAPACITY else None
-        out = model.clone(dispatch=method, capacity_factor=room).apply({"params": params}, ids)
+        out = model.clone(dispatch=method, router=RouterOptions(capacity_factor=room)).apply(
+            {"params": params}, ids
+        )
         np.testing.assert_allclose(out.logits, expected, rtol=0, atol=TOLERANCE)
-    tight = model.clone(dispatch="capacity", capacity_factor=0.5).apply({"params": params}, ids)
+    tight = model.clone(dispatch="capacity", router=RouterOptions(capacity_factor=0.5)).apply(
+        {"params": params}, ids
+    )
     assert np.abs(tight.logits - expected).max() > 0.01
     for routing in tight.router:
         # Half the places of an even share, of which an expert that few chose leaves some.

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from qwen_jax.config import MoeSpec
-from qwen_jax.nn.moe import Dispatch, limit_capacity, mix_experts, route
+from qwen_jax.nn.moe import Dispatch, mix_experts
+from qwen_jax.nn.router import limit_capacity, route
 
 D, F = 16, 10
 BLOCKS = (Dispatch.SORTED, Dispatch.GATHER)

@@ -8,7 +8,8 @@ import pytest
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.nn import expert_blocks
-from qwen_jax.nn.moe import Dispatch, mix_experts, route
+from qwen_jax.nn.moe import Dispatch, mix_experts
+from qwen_jax.nn.router import route
 from tests.nn.expert_layers import BLOCKS, D, brute_force, close, make_spec, random_layer, run
 
 

@@ -20,8 +20,9 @@ from qwen_jax.nn.low_rank import (
     merge,
     unmerge,
 )
-from qwen_jax.nn.moe import Dispatch, Routing, limit_capacity, mix_experts
+from qwen_jax.nn.moe import Dispatch, mix_experts
 from qwen_jax.nn.quantized import dequantize, quantize
+from qwen_jax.nn.router import Routing, limit_capacity
 from qwen_jax.sharding.axes import parameter_axes
 
 E, K, D, F, R, N = 5, 2, 16, 8, 3, 23

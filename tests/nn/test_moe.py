@@ -16,15 +16,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 
 from qwen_jax.config import LayerKind, ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
-from qwen_jax.nn.moe import (
-    Dispatch,
-    Routing,
-    capacity_of,
-    choose_dispatch,
-    limit_capacity,
-    mix_experts,
-    route,
-)
+from qwen_jax.nn.moe import Dispatch, choose_dispatch, mix_experts
+from qwen_jax.nn.router import RouterOptions, Routing, capacity_of, limit_capacity, route
 from qwen_jax.nn.sparse_moe import SparseMoe
 from tests.nn.expert_layers import (
     BLOCKS,
@@ -173,7 +166,7 @@ def test_output_and_gradients_equal_transformers(family, renormalise, method):
     expected.backward(torch.as_tensor(cotangent))
 
     factor = 2.0 if method is Dispatch.CAPACITY else None  # k = 3 of 6: room for all.
-    model = SparseMoe(make_config(spec), method, factor)
+    model = SparseMoe(make_config(spec), method, RouterOptions(capacity_factor=factor))
 
     def loss(params, x):
         y, routing = model.apply({"params": params}, x)
@@ -201,7 +194,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(method):
         truth = block.float()(x.float()).numpy()[0]
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), to_params(detached(block)))
     factor = 2.0 if method is Dispatch.CAPACITY else None
-    model = SparseMoe(make_config(spec), method, factor)
+    model = SparseMoe(make_config(spec), method, RouterOptions(capacity_factor=factor))
     x = jnp.asarray(x.float().numpy(), jnp.bfloat16)
     y, routing = jax.jit(model.apply)({"params": params}, x)
     assert y.dtype == routing.logits.dtype == routing.weights.dtype == jnp.bfloat16
@@ -268,9 +261,12 @@ def test_capacity_is_the_even_share_times_the_factor_rounded_up():
     assert capacity_of(100, make_spec(60, 4), 1.0) == 7
     assert capacity_of(60, make_spec(60, 4), 1.25) == 5
     assert capacity_of(1, make_spec(60, 4), 1.25) == 1
-    for factor in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=f"^capacity_factor = {factor} must be above 0"):
-            capacity_of(8, make_spec(), factor)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_that_is_none_is_refused(factor):
+    with pytest.raises(UserError, match=f"^capacity_factor = {factor} must be "):
+        RouterOptions(capacity_factor=factor)
 
 
 def test_capacity_and_its_factor_belong_to_one_method():
@@ -282,8 +278,9 @@ def test_capacity_and_its_factor_belong_to_one_method():
     with pytest.raises(ValueError, match="capacity = 4 with dispatch 'sorted'"):
         mix_experts(x, routing, experts, Dispatch.SORTED, 4)
     for method, factor in ((Dispatch.CAPACITY, None), (Dispatch.DENSE, 1.0)):
+        model = SparseMoe(make_config(spec), method, RouterOptions(capacity_factor=factor))
         with pytest.raises(UserError, match="give a factor with dispatch = capacity, and only the"):
-            SparseMoe(make_config(spec), method, factor).init(jax.random.key(0), x[None])
+            model.init(jax.random.key(0), x[None])
 
 
 def test_padding_is_not_counted_and_changes_no_real_token():

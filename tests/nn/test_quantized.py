@@ -7,8 +7,9 @@ import pytest
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.nn.linear import as_dense, linear
-from qwen_jax.nn.moe import Dispatch, mix_experts, route
+from qwen_jax.nn.moe import Dispatch, mix_experts
 from qwen_jax.nn.quantized import QuantizedWeight, dequantize, quantize
+from qwen_jax.nn.router import route
 from tests.checkpoint.quantised_layouts import e4m3
 
 

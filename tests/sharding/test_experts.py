@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.nn.expert_exchange import exchange_and_mix, pays_to_exchange
 from qwen_jax.nn.moe import Dispatch, mix_chosen
 from qwen_jax.nn.quantized import quantize
+from qwen_jax.nn.router import RouterOptions
 from qwen_jax.sharding import aot
 from qwen_jax.sharding.axes import as_mesh, parameter_shardings, read_mesh
 from qwen_jax.sharding.chips import read_topology
@@ -151,7 +152,7 @@ def test_exchanged_tokens_equal_those_of_one_device(mesh, k, kind):
 def test_full_experts_drop_the_tokens_that_they_drop_on_one_device(mesh, length):
     """What the mesh adds to rows and columns takes no place, and texts keep their order."""
     model, params = one_device(CONFIGS["moe"])
-    model = model.clone(dispatch=Dispatch.CAPACITY, capacity_factor=0.4)
+    model = model.clone(dispatch=Dispatch.CAPACITY, router=RouterOptions(capacity_factor=0.4))
     ids, mask = (x[:, :length] for x in random_batch(model.config))
     want = model.apply({"params": params}, ids, mask)
     mesh = as_mesh(mesh)

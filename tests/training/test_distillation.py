@@ -14,6 +14,7 @@ from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.sharding.axes import Layout, as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.data import DataOptions, SourceOptions
 from qwen_jax.training.distillation import DistillationOptions, distillation
@@ -72,7 +73,7 @@ def test_loss_metrics_and_gradients_equal_the_paper_s_in_torch(tmp_path):
             return objective.loss(model, params, batch, EXACT, None, {"teacher": known})
 
         (found, sums), gradients = jax.value_and_grad(value, has_aux=True)(params)
-        return found, objective.metrics(sums, EXACT), gradients
+        return found, objective.metrics(model, sums, EXACT), gradients
 
     found, metrics, gradients = run(params)
     expected = {"loss": loss, "kl": kl, "cross_entropy": entropy, "tokens": own.sum()}
@@ -155,7 +156,7 @@ def test_parts_of_a_batch_on_a_mesh_give_the_update_of_the_whole_on_one_device()
     model, params = one_device(CONFIGS["moe"])
     teacher, known = one_device(make_config(hidden_size=16, vocab_size=model.config.vocab_size))
     batch = weighted_batch(model.config, 4)
-    options = dataclasses.replace(EXACT, balance_loss=0.7, router_z_loss=0.1)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=2.1, z_loss=0.1))
 
     def run(mesh, parts):
         bound, guide = (m.clone(mesh=as_mesh(mesh)) for m in (model, teacher))

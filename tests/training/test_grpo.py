@@ -10,6 +10,7 @@ import torch
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.axes import as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.grpo import Answers, GrpoOptions, advantages_of, grpo
 from qwen_jax.training.log_probs import score
@@ -111,7 +112,7 @@ def test_loss_metrics_and_gradients_equal_the_papers_in_torch(pair, options):
     @jax.jit
     def both(params):
         found, sums = objective.loss(model, params, answers, EXACT)
-        return found, objective.metrics(sums, EXACT)
+        return found, objective.metrics(model, sums, EXACT)
 
     (ours, found), gradients = jax.value_and_grad(both, has_aux=True)(params)
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-5, atol=1e-6)
@@ -132,7 +133,7 @@ def test_parts_of_a_batch_on_a_mesh_give_the_update_of_the_whole_on_one_device()
     logs = np.asarray(jax.jit(lambda p: score(model, p, batch, EXACT, 0.8).log_probs)(params))
     old, reference = (logs + rng.normal(0, 0.4, logs.shape).astype(np.float32) for _ in range(2))
     answers = jax.tree.map(lambda a: a[:4], Answers(batch, advantages, old, reference))
-    options = dataclasses.replace(EXACT, balance_loss=0.7, router_z_loss=0.1)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=2.1, z_loss=0.1))
     objective = grpo(GrpoOptions(kl=0.2, aggregation="sequence", temperature=0.8))
 
     def update(mesh, parts):

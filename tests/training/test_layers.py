@@ -119,7 +119,7 @@ def test_scans_and_remat_change_neither_outputs_nor_gradients(which, request):
         x = model.apply(variables, x, method="finish")
         loss = (x * direction * mask[..., None]).sum()
         if router is not None:
-            loss += router.probabilities[0, 0] + router.log_z_squared.sum()
+            loss += router.groups["global"].probabilities[0, 0, 0] + router.log_z_squared.sum()
         return loss, (x, router)
 
     out = model.apply({"params": params}, ids, mask)

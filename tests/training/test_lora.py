@@ -16,6 +16,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.nn.low_rank import attach, detach, low_rank_weights
 from qwen_jax.nn.quantized import dequantize, quantize
 from qwen_jax.sharding.axes import as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.lora import LoraOptions, add_adapters, is_adapter
 from qwen_jax.training.objective import Batch, TrainOptions, objective
 from qwen_jax.training.partition import combine, partition
@@ -28,7 +29,7 @@ from tests.models.passes import random_ids
 from tests.reference import random_reference, save_reference
 from tests.sharding.models import CONFIGS, one_device, random_batch
 
-EXACT = TrainOptions(dtype="float32", balance_pooling="model", block_size=16)
+EXACT = TrainOptions(dtype="float32", balance=BalanceOptions(pooling="model"), block_size=16)
 CASES = {
     "dense": ("qwen3", {}, {"target_modules": ["q_proj", "o_proj", "down_proj", "lm_head"]}),
     "experts": (
@@ -197,7 +198,7 @@ def test_a_packed_base_trains_as_its_dense_values_do():
     model, params = one_device(CONFIGS["moe"])
     batch = Batch(random_ids(model, (2, 11)))
     targets = ("self_attn/*", "experts/*")
-    options = dataclasses.replace(EXACT, balance_loss=0.5)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=0.5, pooling="model"))
     few, dense = packed(params, 4)
     ours, history = steps(model, random_adapters(few, targets), options, batch)
     theirs, wanted = steps(model, random_adapters(dense, targets), options, batch)
@@ -219,7 +220,7 @@ def test_steps_on_a_mesh_are_those_of_one_device(mesh, bits):
     params = random_adapters(params, ("*_proj", "mlp/gate", "lm_head"))
     ids, mask = random_batch(model.config)
     batch = Batch(ids, attention_mask=mask)
-    options = dataclasses.replace(EXACT, balance_loss=0.5)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=0.5, pooling="model"))
     state, history = steps(model, params, options, batch, mesh)
     expected, wanted = steps(model, params, options, batch)
     jax.tree.map(close, history, wanted)

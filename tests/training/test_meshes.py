@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from qwen_jax.sharding.axes import Layout, as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.loss import cross_entropy
 from qwen_jax.training.objective import Batch, TrainOptions
 from qwen_jax.training.train_step import (
@@ -19,7 +20,11 @@ from qwen_jax.training.train_step import (
 from tests.sharding.models import CONFIGS, one_device, random_batch
 
 OPTIONS = TrainOptions(
-    dtype="float32", remat="dots", z_loss=0.1, balance_loss=0.5, router_z_loss=0.1, block_size=8
+    dtype="float32",
+    remat="dots",
+    z_loss=0.1,
+    balance=BalanceOptions(loss=1.5, z_loss=0.1),
+    block_size=8,
 )
 # An epsilon of the gradients' size: far below it, steps multiply the noise of small gradients. At
 # 1e-3 a last bit of each parameter moves steps by 1e-4 of the largest; at this, by 3e-5.

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.sharding.axes import as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.objective import Batch, TrainOptions, metrics_of, objective
 from qwen_jax.training.train_step import init_train_state, make_train_step
 from tests.sharding.models import CONFIGS, one_device, random_batch
@@ -35,18 +36,16 @@ def weighted_batch(config, rows, length=12):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "pooling"), [(None, "layer"), ("data:2,expert:2,tensor:2", "model")]
+    ("mesh", "pooling", "loss"), [(None, "layer", 2.1), ("data:2,expert:2,tensor:2", "model", 0.7)]
 )
-def test_a_batch_in_parts_gives_the_update_of_the_whole(mesh, pooling):
+def test_a_batch_in_parts_gives_the_update_of_the_whole(mesh, pooling, loss):
     model, params = one_device(dataclasses.replace(CONFIGS["moe"], **AHEAD))
     model = model.clone(mesh=as_mesh(mesh))
     batch = weighted_batch(model.config, 12)
     options = dataclasses.replace(
         EXACT,
         z_loss=0.2,
-        balance_loss=0.7,
-        balance_pooling=pooling,
-        router_z_loss=0.1,
+        balance=BalanceOptions(loss=loss, pooling=pooling, z_loss=0.1, microbatch_rows=3),
         mtp_loss=0.4,
     )
 
@@ -63,24 +62,25 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(mesh, pooling):
     np.testing.assert_array_equal(counts, expected_metrics.pop("expert_counts"))
     # What is moved is rounded to the parameters, which are some times larger.
     close(ours, expected, 1e-4)
+    assert "max_vio_micro" in metrics["router"]
     close(metrics, expected_metrics)
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.7])
-def test_parts_run_ahead_only_where_a_loss_asks_how_experts_are_used(balance):
+@pytest.mark.parametrize("loss", [0.0, 2.1])
+def test_parts_run_ahead_only_where_a_loss_asks_how_experts_are_used(loss):
     model, params = one_device(CONFIGS["moe"])
     batch = weighted_batch(model.config, 4)
-    options = dataclasses.replace(
-        EXACT, balance_loss=balance, router_z_loss=0.1, microbatches=2, scan=True
-    )
+    balance = BalanceOptions(loss=loss, z_loss=0.1)
+    options = dataclasses.replace(EXACT, balance=balance, microbatches=2, scan=True)
     step = make_train_step(model, optax.sgd(1.0), options)
     state = init_train_state(model, optax.sgd(1.0), params=params)
     scans = str(jax.make_jaxpr(step)(state, batch)).count("scan[")
-    whole = dataclasses.replace(options, balance_loss=0.0, microbatches=1)
+    balance = dataclasses.replace(balance, loss=0.0)
+    whole = dataclasses.replace(options, balance=balance, microbatches=1)
     step = make_train_step(model, optax.sgd(1.0), whole)
     alone = str(jax.make_jaxpr(step)(state, batch)).count("scan[")
     # One over the parts and one to count them; in that the layers' own.
-    assert scans - alone == (3 if balance else 2)
+    assert scans - alone == (3 if loss else 2)
 
 
 def test_rows_that_do_not_divide_into_parts_are_refused():
@@ -134,7 +134,7 @@ def test_tokens_further_on_are_learned_by_the_formula(name, given):
     def losses(params):
         with_head, sums = objective(model, params, batch, EXACT)
         without, _ = objective(model, params, batch, dataclasses.replace(EXACT, mtp_loss=0.0))
-        return (with_head - without) / EXACT.mtp_loss, metrics_of(sums, EXACT)["mtp_loss"]
+        return (with_head - without) / EXACT.mtp_loss, metrics_of(model, sums, EXACT)["mtp_loss"]
 
     (ours, metric), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
     np.testing.assert_allclose(metric, expected, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_a_head_that_is_not_learned_gets_no_gradient():
     gradients, sums = jax.jit(
         jax.grad(lambda p: objective(model, p, batch, options), has_aux=True)
     )(params)
-    assert "mtp_loss" not in metrics_of(sums, options)
+    assert "mtp_loss" not in metrics_of(model, sums, options)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["mtp"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(gradients["layers_0"]))
 

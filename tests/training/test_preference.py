@@ -15,6 +15,7 @@ from qwen_jax.checkpoint.peft_reader import load_adapter
 from qwen_jax.errors import UserError
 from qwen_jax.nn.low_rank import attach, low_rank_weights
 from qwen_jax.sharding.axes import as_mesh
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.lora import is_adapter
 from qwen_jax.training.partition import combine, partition
@@ -88,7 +89,7 @@ def run(model, params, batch, beside=None, frozen=None):
             return objective.loss(model, whole, batch, EXACT, None, beside)
 
         (found, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return found, objective.metrics(sums, EXACT), gradients
+        return found, objective.metrics(model, sums, EXACT), gradients
 
     return values(params)
 
@@ -155,7 +156,7 @@ def test_parts_of_a_batch_on_a_mesh_give_the_update_of_the_whole_on_one_device()
     # The last pair is none: what fills up the last batch of an epoch.
     for field in ("attention_mask", "loss_weights"):
         getattr(batch, field)[3] = 0
-    options = dataclasses.replace(EXACT, balance_loss=0.7, router_z_loss=0.1)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=2.1, z_loss=0.1))
 
     def run(mesh, parts):
         bound = model.clone(mesh=as_mesh(mesh))

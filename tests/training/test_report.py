@@ -91,6 +91,45 @@ def test_of_experts_the_busiest_is_told():
     assert "expert_counts" not in kept.rows[0][1]
 
 
+def test_figures_of_routers_are_told_as_means_and_of_each_layer(tmp_path):
+    sinks = open_sinks(tmp_path, ReportOptions(every=2), start=0, stop=9, settings={})
+    reporter = Reporter(sinks, every=2)
+    for number, figures in enumerate(([1.0, 3.0], [2.0, 6.0]), 1):
+        reporter.step(number, metrics(1.0) | {"router": {"max_vio": jnp.array(figures)}})
+    reporter.flush()
+    reporter.note(2, {"eval_loss": 1.0, "eval_router": {"max_vio": np.array([0.5, 1.5])}})
+    reporter.note(3, {"loss": 1.0})
+    for sink in sinks:
+        sink.close()
+    training, evaluation, plain = read_log(tmp_path)
+    assert training["router/max_vio"] == 3
+    assert "router" not in training
+    assert evaluation == {"step": 2, "eval_loss": 1.0, "eval_router/max_vio": 1.0}
+    assert plain == {"step": 3, "loss": 1.0}
+    assert read_log(tmp_path, "router.jsonl") == [
+        {"step": 2, "router": {"max_vio": [1.5, 4.5]}},
+        {"step": 2, "eval_router": {"max_vio": [0.5, 1.5]}},
+    ]
+
+
+def test_dense_layers_have_no_log_of_routers(tmp_path):
+    for sink in open_sinks(tmp_path, ReportOptions(), start=0, stop=9, settings={}):
+        sink.write(1, {"loss": 1.0})
+        sink.close()
+    assert not (tmp_path / "router.jsonl").exists()
+
+
+def test_a_log_of_routers_goes_on_behind_the_checkpoint(tmp_path):
+    rows = [{"step": step, "router": {"max_vio": [float(step)]}} for step in range(1, 6)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "router.jsonl").write_text(text + '{"step": 6, "rou')
+    for sink in open_sinks(tmp_path, ReportOptions(), start=3, stop=9, settings={}):
+        sink.write(4, {"router": {"max_vio": np.array([9.0])}})
+        sink.close()
+    wanted = [*rows[:3], {"step": 4, "router": {"max_vio": [9.0]}}]
+    assert read_log(tmp_path, "router.jsonl") == wanted
+
+
 def test_a_log_goes_on_behind_the_checkpoint_and_without_what_a_kill_cut(tmp_path):
     rows = [{"step": step, "loss": float(step)} for step in range(1, 6)]
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -13,6 +13,7 @@ import qwen_jax
 from qwen_jax.config import HeadKind
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.objective import Batch, TrainOptions, metrics_of, objective
 from qwen_jax.training.train_step import (
     abstract_train_state,
@@ -31,7 +32,7 @@ CASES = {
     "experts": ("qwen3_moe", {"router_aux_loss_coef": 0.7}),
     "hybrid": ("qwen3_next", {"router_aux_loss_coef": 0.3}),
 }
-EXACT = TrainOptions(dtype="float32", balance_pooling="model", block_size=16)
+EXACT = TrainOptions(dtype="float32", balance=BalanceOptions(pooling="model"), block_size=16)
 LENGTHS = {"whole": None, "right": ([19, 12], "right"), "left": ([19, 12], "left")}
 
 
@@ -137,7 +138,7 @@ def value(model, params, batch, **options):
     @jax.jit
     def run(params, batch):
         loss, sums = objective(model, params, batch, options)
-        return loss, metrics_of(sums, options)
+        return loss, metrics_of(model, sums, options)
 
     return run(params, batch)
 
@@ -156,7 +157,13 @@ def test_losses_are_weighted_and_summed_with_their_coefficients(small):
     own = weights[:, 1:].flatten()
 
     coefficients = {"z_loss": 0.2, "balance_loss": 0.5, "router_z_loss": 0.1}
-    loss, metrics = value(model, params, Batch(ids, loss_weights=weights), **coefficients)
+    balance = BalanceOptions(
+        loss=coefficients["balance_loss"],
+        pooling="model",
+        z_loss=coefficients["router_z_loss"],
+    )
+    options = {"z_loss": coefficients["z_loss"], "balance": balance}
+    loss, metrics = value(model, params, Batch(ids, loss_weights=weights), **options)
     expected = {
         "loss": (own * entropy).sum() / own.sum(),
         "tokens": own.sum(),
@@ -202,7 +209,7 @@ def test_packed_texts_are_learned_as_texts_by_themselves(case, scan):
     def run(params, batch):
         grad = jax.value_and_grad(lambda p: objective(model, p, batch, options), has_aux=True)
         (loss, sums), gradients = grad(params)
-        return (loss, metrics_of(sums, options)), gradients
+        return (loss, metrics_of(model, sums, options)), gradients
 
     (loss, metrics), gradients = run(params, packed)
     (expected, expected_metrics), wanted = run(params, Batch(ids, attention_mask=mask))
@@ -216,7 +223,7 @@ def test_a_batch_with_nothing_to_learn_moves_nothing(small):
     _, model, params = small
     ids = random_ids(model, (2, 13))
     batch = Batch(ids, loss_weights=np.zeros(ids.shape))
-    options = dataclasses.replace(EXACT, balance_loss=0.0, z_loss=0.1)
+    options = dataclasses.replace(EXACT, balance=BalanceOptions(loss=0.0), z_loss=0.1)
     state = init_train_state(model, optax.sgd(1.0), params=params)
     state, metrics = make_train_step(model, optax.sgd(1.0), options)(state, batch)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
@@ -317,9 +324,7 @@ def test_what_cannot_be_trained_is_refused(small):
     [
         ("dtype", "float16", "dtype = float16 is not supported; known: float32, bfloat16"),
         ("remat", "all", "remat = all is not supported; known: none, dots, full"),
-        ("balance_pooling", "x", "balance_pooling = x is not supported; known: layer, model"),
         ("z_loss", -1.0, "z_loss = -1.0 must be at least 0"),
-        ("balance_loss", float("nan"), "balance_loss = nan must be finite, at least 0"),
         ("block_size", 0, "block_size = 0 must be at least 1"),
         ("microbatches", 0, "microbatches = 0 must be at least 1"),
     ],

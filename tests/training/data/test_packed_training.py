@@ -7,13 +7,20 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.data.options import DataOptions, SourceOptions, TokenOptions
 from qwen_jax.training.data.pipeline import make_loader
 from qwen_jax.training.objective import Batch, TrainOptions, metrics_of, objective
 from tests.sharding.models import CONFIGS, one_device
 from tests.training.data.conftest import chat_file, text_file
 
-EXACT = TrainOptions(dtype="float32", scan=False, remat="none", balance_pooling="model", z_loss=0.1)
+EXACT = TrainOptions(
+    dtype="float32",
+    scan=False,
+    remat="none",
+    balance=BalanceOptions(pooling="model"),
+    z_loss=0.1,
+)
 
 
 @pytest.fixture(scope="module", params=["dense", "hybrid"])
@@ -25,7 +32,7 @@ def learn(request, tokenizer):
     def run(batch):
         grad = jax.value_and_grad(lambda p: objective(model, p, batch, EXACT), has_aux=True)
         (loss, sums), gradients = grad(params)
-        return (loss, metrics_of(sums, EXACT)), gradients
+        return (loss, metrics_of(model, sums, EXACT)), gradients
 
     return run
 

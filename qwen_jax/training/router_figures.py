@@ -1,0 +1,172 @@
+"""Figures of how experts are used: balance, its cost, specialisation, and how sure a router is.
+
+All are of counts or of `routing_sums`, for a batch in training, or for texts that a checkpoint
+reads. Loads are [..., E], how many choices each expert got.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import MoeSpec
+from qwen_jax.training.balancing import DOMAIN
+from qwen_jax.training.routing_sums import RouterSums
+
+# Below this part of the mean load an expert counts as dead.
+_DEAD = 0.01
+CAPACITY_FACTORS = (1.0, 1.25, 2.0)
+_MOST_DEVICES = 64
+
+Figures = dict[str, jax.Array]
+
+
+def max_violation(loads: jax.Array) -> jax.Array:
+    """MaxVio [...]: by what part of the mean load the largest is above it (arXiv 2408.15664)."""
+    mean = loads.mean(axis=-1)
+    return jnp.where(mean > 0, loads.max(axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0)
+
+
+def load_entropy(loads: jax.Array) -> jax.Array:
+    """[...], of the shares of all choices, as a part of that of even use; 1 with one expert."""
+    E = loads.shape[-1]
+    return _entropy(loads) / math.log(E) if E > 1 else jnp.ones(loads.shape[:-1])
+
+
+def load_variation(loads: jax.Array) -> jax.Array:
+    """[...], the coefficient of variation: standard deviation over mean."""
+    mean = loads.mean(axis=-1)
+    return jnp.std(loads, axis=-1) / jnp.where(mean > 0, mean, 1)
+
+
+def load_gini(loads: jax.Array) -> jax.Array:
+    """[...], Gini's coefficient: 0 for even use, 1 - 1 / E where one expert has all."""
+    E = loads.shape[-1]
+    ranked = jnp.sort(loads.astype(jnp.float32), axis=-1)
+    total = ranked.sum(axis=-1)
+    weighted = jnp.sum(ranked * (2 * jnp.arange(1, E + 1) - E - 1), axis=-1)
+    return weighted / (E * jnp.where(total > 0, total, 1))
+
+
+def dead_experts(loads: jax.Array) -> jax.Array:
+    """[...], how many experts have less than 1% of the mean load."""
+    return jnp.sum(loads < _DEAD * loads.mean(axis=-1, keepdims=True), axis=-1)
+
+
+def dropped_share(loads: jax.Array, capacity_factor: float) -> jax.Array:
+    """[...], what part of all choices an expert's capacity would drop, were there one.
+
+    The capacity is the even share times the factor, rounded up.
+    """
+    total = loads.sum(axis=-1)
+    capacity = jnp.ceil(capacity_factor * total / loads.shape[-1])[..., None]
+    over = jnp.maximum(loads - capacity, 0).sum(axis=-1)
+    return over / jnp.where(total > 0, total, 1)
+
+
+def overload(loads: jax.Array, devices: int) -> jax.Array:
+    """[...], by what part the busiest of so many devices that share the experts is above the mean.
+
+    All wait for it, so that the experts' part of a step takes so much longer. Each device has as
+    many experts, in their order.
+    """
+    shared = loads.reshape(*loads.shape[:-1], devices, -1).sum(axis=-1)
+    return max_violation(shared)
+
+
+def information(counts: jax.Array) -> jax.Array:
+    """[...], mutual information in bits of rows and columns, of how often they meet [..., R, C].
+
+    Of domains and experts it is how far the experts specialise: 0 where each domain uses all alike.
+    """
+    joint = counts.astype(jnp.float32)
+    flat = joint.reshape(*joint.shape[:-2], -1)
+    found = _entropy(joint.sum(axis=-1)) + _entropy(joint.sum(axis=-2)) - _entropy(flat)
+    return found / math.log(2)
+
+
+def co_activation(together: jax.Array) -> jax.Array:
+    """[..., E, E], of the tokens that chose the expert of a row, the part that chose the column's.
+
+    Args:
+      together: `TokenSums.together`.
+    """
+    own = jnp.diagonal(together, axis1=-2, axis2=-1)[..., None]
+    return together / jnp.where(own > 0, own, 1)
+
+
+def shared_devices(num_experts: int) -> tuple[int, ...]:
+    """Numbers of devices, powers of 2 up to 64, that can share so many experts evenly."""
+    counts = (1 << n for n in range(1, _MOST_DEVICES.bit_length()))
+    return tuple(count for count in counts if num_experts % count == 0)
+
+
+def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
+    """All figures of a batch or of several, [L] each but for the first.
+
+    Args:
+      sums: with those of each token.
+      spec: of the layers.
+
+    Returns:
+      "load" [L, E], as multiples of the even share; "max_vio", of micro-batches "max_vio_micro",
+      "load_entropy", "load_cv", "load_gini", "dead_experts", "drop_" with a capacity factor, "overload_" with a number of devices,
+      "router_entropy" (nats), "top_probability", "margin", "logit_scale" (the root of the logits'
+      mean variance over experts), "log_z", "pair_share" (the largest part of an expert's tokens
+      that another one shares), and where rows have domains "domain_information" (bits).
+    """
+    loads = sums.counts
+    even = loads.mean(axis=-1, keepdims=True)
+    figures = {
+        "load": loads / jnp.where(even > 0, even, 1),
+        "max_vio": max_violation(loads),
+        "load_entropy": load_entropy(loads),
+        "load_cv": load_variation(loads),
+        "load_gini": load_gini(loads),
+        "dead_experts": dead_experts(loads).astype(jnp.float32),
+    }
+    if "micro" in sums.groups:
+        figures["max_vio_micro"] = _mean_over_groups(max_violation, sums.groups["micro"].counts)
+    for factor in CAPACITY_FACTORS:
+        figures[f"drop_{factor:g}"] = dropped_share(loads, factor)
+    for devices in shared_devices(spec.num_experts):
+        figures[f"overload_{devices}"] = overload(loads, devices)
+    if sums.each is not None:
+        tokens, each = jnp.maximum(sums.tokens, 1), sums.each
+        apart = 1 - jnp.eye(spec.num_experts)
+        figures |= {
+            "router_entropy": each.entropy / tokens,
+            "top_probability": each.top_probability / tokens,
+            "margin": each.margin / tokens,
+            "logit_scale": jnp.sqrt(each.logit_variance / tokens),
+            "log_z": each.log_z / tokens,
+            "pair_share": (co_activation(each.together) * apart).max(axis=(-2, -1)),
+        }
+    if DOMAIN in sums.groups:
+        figures["domain_information"] = information(sums.groups[DOMAIN].counts)
+    return figures
+
+
+def over_batches(whole: Figures, each: Sequence[Figures]) -> Figures:
+    """Figures of several batches together, beside the means of what is of one by itself."""
+    own = {
+        name: jnp.mean(jnp.stack([figures[name] for figures in each]), axis=0)
+        for name in ("max_vio", "max_vio_micro")
+        if name in whole
+    }
+    found = {**whole, **own}
+    return found | {"max_vio_batch": own["max_vio"], "max_vio": whole["max_vio"]}
+
+
+def _mean_over_groups(figure: Callable[[jax.Array], jax.Array], counts: jax.Array) -> jax.Array:
+    """The mean of a figure of loads [..., G, E] over the groups that have any."""
+    some = counts.sum(axis=-1) > 0
+    return jnp.sum(figure(counts) * some, axis=-1) / jnp.maximum(some.sum(axis=-1), 1)
+
+
+def _entropy(weights: jax.Array) -> jax.Array:
+    """[...], in nats, of weights [..., n] that need not sum to 1."""
+    total = weights.sum(axis=-1, keepdims=True)
+    shares = weights / jnp.where(total > 0, total, 1)
+    return jax.scipy.special.entr(shares).sum(axis=-1)
