@@ -28,7 +28,7 @@ from configs.models import find_config
 from experiments.long_context import base_bound, frequencies, small_report, small_study
 from experiments.long_context.compare import Side, write_comparison
 from experiments.long_context.measuring import Plan, check, is_judged, measure, scaled_models
-from experiments.long_context.records import need_scores, read_settings, settle
+from experiments.long_context.records import need_scores
 from experiments.long_context.report import FREQUENCIES, write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.small_model import SmallModel
@@ -39,6 +39,7 @@ from experiments.long_context.text import (
     read_haystack,
     read_questions,
 )
+from experiments.settings import read_settings, settle
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from experiments.long_context.files import replace, save, write_records
+from experiments.files import replace, save, write_records
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.config import RopeSpec
 from qwen_jax.errors import UserError

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.long_context.files import replace
-from experiments.long_context.intervals import difference
+from experiments.files import replace
+from experiments.intervals import difference
 from experiments.long_context.scoring import Score
 from experiments.long_context.tasks import LOSSES
 from qwen_jax.benchmark.report import markdown

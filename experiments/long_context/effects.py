@@ -8,7 +8,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from experiments.long_context.intervals import Estimate, difference
+from experiments.findings import Finding
+from experiments.intervals import difference
 from experiments.long_context.scoring import Score
 from experiments.long_context.small_study import FACTOR, TUNED
 
@@ -105,36 +106,6 @@ EFFECTS: tuple[Effect, ...] = (
                  Side(f"{method}{TUNED}", times), Side(f"ABF{TUNED}", times))
       for times in (FACTOR, _TUNED) for method in ("PI", "NTK", "YaRN")),
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """An effect and what was measured of it.
-
-    Attributes:
-      effect: the effect.
-      found: the difference.
-    """
-
-    effect: Effect
-    found: Estimate
-
-    @property
-    def seen(self) -> bool:
-        """Whether the whole interval lies where the effect has it."""
-        return self.effect.least < self.found.low and self.found.high < self.effect.most
-
-    @property
-    def against(self) -> bool:
-        """Whether none of the interval does."""
-        return self.found.high < self.effect.least or self.found.low > self.effect.most
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if self.seen:
-            return "seen"
-        return "not seen" + ", but its reverse" * self.against
 
 
 def findings(scores: Sequence[Score], ropes: Mapping[str, str], trained: int) -> list[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.long_context.files import line_style, replace, save, write_records
+from experiments.files import line_style, replace, save, write_records
 from qwen_jax.benchmark.report import markdown
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError

@@ -10,9 +10,10 @@ import numpy as np
 import tqdm
 
 from experiments.long_context.key_tokens import key_spans
-from experiments.long_context.records import add_scores, cut_tail, read_scores
+from experiments.long_context.records import add_scores, read_scores
 from experiments.long_context.scoring import Draw, Score, draws, make_example, score
 from experiments.long_context.tasks import Example, LossTask, Renderer, Task
+from experiments.results import cut_tail
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.rope_scaling import parse_rope_flag, with_rope_scaling
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.long_context.files import line_style, replace, save, write_records
-from experiments.long_context.intervals import bootstrap_interval
+from experiments.files import line_style, replace, save, write_records
+from experiments.intervals import bootstrap_interval
 from experiments.long_context.scoring import Score
 from experiments.long_context.tasks import LOSSES
 from qwen_jax.benchmark.report import markdown

@@ -8,22 +8,21 @@ base of a large one would miss by far.
 import dataclasses
 import math
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.initial import draw_params
 from experiments.long_context.tasks import Example, LossTask, PassKeyTask, RecallTask, Task
 from experiments.long_context.tokens import Language, TokenRenderer
 from qwen_jax.config import LayerKind, ModelConfig, RopeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.inference.likelihood import token_likelihoods
-from qwen_jax.models.decoder import Decoder, parameter_shapes
+from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.loop import LoopOptions, train
 from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser, make_schedule
@@ -125,21 +124,6 @@ def same_regime_beta_fast(trained: int, base: float) -> float:
     """YaRN's `beta_fast` at which its ramp begins at the same share of all pairs as in Qwen3."""
     share = math.log(_LIKE_TRAINED / (2 * math.pi * _LIKE_BETA_FAST)) / math.log(_LIKE_BASE)
     return trained / (2 * math.pi * base**share)
-
-
-def draw_params(config: ModelConfig, key: jax.Array) -> Any:
-    """Matrices of the variance 1 / inputs, those that write to the residual 0.7 times that size."""
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.ndim == 1:
-            return jnp.ones(leaf.shape)
-        writes = name.endswith(("o_proj/weight", "down_proj/weight"))
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        size = (0.7 if writes else 1.0) / math.sqrt(leaf.shape[-1])
-        return size * jax.random.normal(own, leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
 @dataclasses.dataclass(frozen=True)

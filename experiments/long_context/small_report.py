@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.files import save, write_records
+from experiments.findings import Finding, draw_findings
 from experiments.long_context import frequencies
-from experiments.long_context.effects import Finding, findings
-from experiments.long_context.files import save, write_records
+from experiments.long_context.effects import findings
 from experiments.long_context.report import FREQUENCIES, write_report
 from experiments.long_context.scoring import Score
 from experiments.long_context.small_model import SmallModel
@@ -46,9 +47,11 @@ def write_small_report(workdir: Path, model: SmallModel, scores: Sequence[Score]
         model.config(LANGUAGE), list(ropes.values()), model.trained, FACTOR * model.trained
     )
     frequencies.draw(scaled, workdir / FREQUENCIES)
-    draw_effects(found, workdir / "effects.png")
+    draw_findings(found, workdir / "effects.png", "difference: share of right answers, or nats")
     if found:
-        write_records(workdir / "effects", [_effect_row(f) for f in found], origin=None)
+        write_records(
+            workdir / "effects", [{**f.row(), "field": f.effect.field} for f in found], origin=None
+        )
     lines = [
         f"Qwen3 models of {model.layers} layers and heads of {model.head_dim} channels, trained at "
         f"{model.trained} tokens with RoPE's base {model.theta:.4g}"
@@ -150,20 +153,6 @@ def _effect_table(found: Sequence[Finding]) -> str:
     return markdown(["effect", "expected", "difference", "verdict"], rows)
 
 
-def _effect_row(finding: Finding) -> dict[str, object]:
-    e, f = finding.effect, finding.found
-    return {
-        "effect": e.name,
-        "field": e.field,
-        "least": e.least,
-        "most": e.most,
-        "mean": f.mean,
-        "low": f.low,
-        "high": f.high,
-        "verdict": finding.verdict,
-    }
-
-
 def _mean_nats(scores: Sequence[Score], rope: str, length: int) -> float | None:
     own = [s.nats for s in scores if (s.rope, s.task, s.length) == (rope, "recall", length)]
     return float(np.mean(own)) if own else None
@@ -216,27 +205,6 @@ def _adapting_table(models: Sequence[Trained], ropes: dict[str, str]) -> str:
         "recall at the end",
     ]
     return markdown(heads, rows)
-
-
-def draw_effects(found: Sequence[Finding], path: Path) -> None:
-    """Each difference with its interval, in its own unit, beside where it should lie."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1 + 0.27 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    for row, finding in enumerate(found):
-        f, colour = finding.found, "C2" if finding.seen else "C3" if finding.against else "C7"
-        axes.plot([f.low, f.high], [row, row], color=colour, linewidth=2)
-        axes.plot(f.mean, row, "o", color=colour)
-        axes.plot(finding.effect.least, row, "|", color="black", markersize=9)
-        if np.isfinite(finding.effect.most):
-            axes.plot(finding.effect.most, row, "|", color="black", markersize=9)
-    axes.set_yticks(range(len(found)), [f.effect.name for f in found], fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.6)
-    axes.set(xlabel="difference: share of right answers, or nats; black: where it should begin")
-    axes.grid(True, axis="x", alpha=0.3)
-    save(figure, path)
 
 
 def draw_adapting(models: Sequence[Trained], ropes: dict[str, str], path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tqdm
 
-from experiments.long_context.files import replace
+from experiments.files import replace
 from experiments.long_context.measuring import Plan, is_judged, measure, scaled_models
 from experiments.long_context.measuring import check as check_texts
 from experiments.long_context.scoring import Score

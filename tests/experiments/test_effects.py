@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from experiments.intervals import difference
 from experiments.long_context.compare import Side, write_comparison
 from experiments.long_context.effects import EFFECTS, findings
-from experiments.long_context.intervals import difference
 from experiments.long_context.records import (
     add_scores,
     cut_tail,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.long_context.intervals import bootstrap_interval
+from experiments.intervals import bootstrap_interval
 from experiments.long_context.report import effective_length, write_report
 from experiments.long_context.scalings import split_scalings
 from experiments.long_context.scoring import Score

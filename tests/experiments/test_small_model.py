@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.initial import draw_params
 from experiments.long_context.frequencies import scalings
 from experiments.long_context.small_model import (
     SmallModel,
     TrainingTexts,
     curriculum,
-    draw_params,
     fine_tune,
     recall,
     same_regime_base,

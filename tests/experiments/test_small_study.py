@@ -6,10 +6,11 @@ import pytest
 
 from experiments.long_context import small_study
 from experiments.long_context.measuring import scaled_models
-from experiments.long_context.records import read_scores, settle
+from experiments.long_context.records import read_scores
 from experiments.long_context.small_model import SmallModel, TrainingTexts
 from experiments.long_context.small_report import write_small_report
 from experiments.long_context.tasks import find_tasks
+from experiments.settings import settle
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import transformers
 
 import qwen_jax
+from configs.train import moe_balance
 from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.checkpoint.peft_reader import load_adapter
 from qwen_jax.embedded.build import write_base
@@ -23,6 +24,8 @@ from qwen_jax.training.preference import PreferenceOptions
 from qwen_jax.training.run import RunOptions, run
 from qwen_jax.training.run_options import ConfigChanges
 from qwen_jax.training.upcycle import UpcycleOptions
+from tests.sharding.models import CONFIGS
+from tests.sharding.models import CONFIGS
 from tests.tools.conftest import train_log
 from tools.config_flag import from_config
 
@@ -35,6 +38,7 @@ FULL = {
     "distil": ("chats.jsonl",),
     "grpo": ("prompts.jsonl",),
     "upcycle": ("",),
+    "moe_balance": tuple(moe_balance.ARMS),
 }
 TINY = {
     "hidden_size": 32,
@@ -316,6 +320,22 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 def test_a_change_that_is_none_is_refused():
     with pytest.raises(UserError, match="rope_theta = -1 must be above 0"):
         ConfigChanges(rope_theta=-1)
+
+
+def test_changes_of_routers_change_nothing_else():
+    config = CONFIGS["moe"]
+    changes = ConfigChanges(renormalise=False, score_bias=True)
+    moe = dataclasses.replace(config.moe, renormalise=False, score_bias=True)
+    assert changes.of(config) == dataclasses.replace(config, moe=moe)
+    # What is given may be False, and what is not given stays.
+    assert ConfigChanges(score_bias=False).of(changes.of(config)).moe == dataclasses.replace(
+        config.moe, renormalise=False
+    )
+    assert ConfigChanges().of(config) == config
+    for name in ("renormalise", "score_bias"):
+        for value in (True, False):
+            with pytest.raises(UserError, match=f"^changes.{name}: the model has no experts"):
+                ConfigChanges(**{name: value}).of(CONFIGS["dense"])
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(trained, tmp_path):

@@ -1,0 +1,1 @@
+"""Balancing the experts of a mixture over how many tokens."""
