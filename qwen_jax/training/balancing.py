@@ -61,7 +61,8 @@ class BalanceOptions:
         the even share, as a part of that share.
       bias_group: whose counts move it. Of several groups it is the mean of their moves.
       figures: whether `router_figures` are made in each step.
-      num_domains: how many domains the rows of batches are of, where they say so.
+      num_domains: how many domains the rows of batches are of, for figures; a run counts the
+        sources of its data where they are mixed by weight.
 
     Raises:
       UserError: a value that none of these can have.

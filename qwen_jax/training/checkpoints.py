@@ -7,6 +7,7 @@ behind is not taken for one.
 """
 
 import contextlib
+import dataclasses
 import json
 import operator
 import shutil
@@ -113,7 +114,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        _STATE: ocp.args.StandardSave(state.replace(beside=None)),
+                        _STATE: ocp.args.StandardSave(_stored(state)),
                         _DATA: grain.checkpoint.CheckpointSave(data),
                     }
                 ),
@@ -143,7 +144,7 @@ class Checkpoints:
                     step,
                     args=ocp.args.Composite(
                         **{
-                            _STATE: ocp.args.StandardRestore(like.replace(beside=None)),
+                            _STATE: ocp.args.StandardRestore(_stored(like)),
                             _DATA: grain.checkpoint.CheckpointRestore(data),
                         }
                     ),
@@ -158,7 +159,7 @@ class Checkpoints:
                     f"{_DAMAGED}/, and the run goes on from step {step}",
                     stacklevel=2,
                 )
-            return restored[_STATE].replace(beside=like.beside), step
+            return like.replace(**restored[_STATE] | {"beside": like.beside}), step
         newest, reason = next(iter(failures.items()))
         raise UserError(
             f"{self.directory / str(newest)}: cannot be read ({reason}), nor can any other there; "
@@ -174,6 +175,18 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._manager.reload()
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: its fields, with nothing beside.
+
+    Biases that steps move are only in the checkpoints of models that have some, so that others'
+    are as they were before there were any.
+    """
+    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if found["moved"] is None:
+        del found["moved"]
+    return found | {"beside": None}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

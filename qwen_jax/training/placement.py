@@ -58,9 +58,10 @@ def to_devices(arrays: Arrays, mesh: Mesh | None = None) -> Batch:
         )
 
     def spread(array: np.ndarray) -> jax.Array:
-        # Pairs have an axis of two between.
+        # Pairs have an axis of two between; what belongs to a row has no length.
         between = (None,) * (array.ndim - 2)
-        sharding = _layout(mesh).sharding("batch", *between, "length")
+        along = ("length",) if array.ndim > 1 else ()
+        sharding = _layout(mesh).sharding("batch", *between, *along)
         shape = (rows, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, shape)
 

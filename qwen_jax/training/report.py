@@ -188,8 +188,10 @@ class Lines:
     """
 
     def __init__(self, workdir: Path, start: int):
-        self._workdir, self._start, self._router = workdir, start, None
+        self._workdir, self._start = workdir, start
         self._file = _reopen(workdir, LOG, start)
+        told = (workdir / ROUTER_LOG).exists()
+        self._router = _reopen(workdir, ROUTER_LOG, start) if told else None
 
     def write(self, step: int, row: Row) -> None:
         """Adds a line."""

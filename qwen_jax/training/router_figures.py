@@ -103,7 +103,7 @@ def shared_devices(num_experts: int) -> tuple[int, ...]:
 
 
 def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
-    """All figures of a batch or of several, [L] each but for the first.
+    """All figures of a batch or of several, [L] each unless it says otherwise.
 
     Args:
       sums: with those of each token.
@@ -111,10 +111,12 @@ def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
 
     Returns:
       "load" [L, E], as multiples of the even share; "max_vio", of micro-batches "max_vio_micro",
-      "load_entropy", "load_cv", "load_gini", "dead_experts", "drop_" with a capacity factor, "overload_" with a number of devices,
-      "router_entropy" (nats), "top_probability", "margin", "logit_scale" (the root of the logits'
-      mean variance over experts), "log_z", "pair_share" (the largest part of an expert's tokens
-      that another one shares), and where rows have domains "domain_information" (bits).
+      "load_entropy", "load_cv", "load_gini", "dead_experts", "drop_" with a capacity factor,
+      "overload_" with a number of devices, "router_entropy" (nats), "top_probability", "margin",
+      "logit_scale" (the root of the logits' mean variance over experts), "log_z", "pair_share" (the
+      largest part of an expert's tokens that another one shares), and where rows have domains
+      "domain_information" (bits) and "domain_share" [L, domains, E], what part of a domain's
+      choices each expert has.
     """
     loads = sums.counts
     even = loads.mean(axis=-1, keepdims=True)
@@ -144,7 +146,9 @@ def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
             "pair_share": (co_activation(each.together) * apart).max(axis=(-2, -1)),
         }
     if DOMAIN in sums.groups:
-        figures["domain_information"] = information(sums.groups[DOMAIN].counts)
+        counts = sums.groups[DOMAIN].counts
+        figures["domain_information"] = information(counts)
+        figures["domain_share"] = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
     return figures
 
 

@@ -27,7 +27,8 @@ from qwen_jax.sharding.flops import analytic_flops
 from qwen_jax.text import Tokenizer, check_vocabulary_fits
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.curves import REWARD_CURVE, draw_runs
-from qwen_jax.training.data.pipeline import make_loader
+from qwen_jax.training.data import DataOptions
+from qwen_jax.training.data.pipeline import make_loader, num_domains
 from qwen_jax.training.goal import Goal, choose_goal
 from qwen_jax.training.grpo_step import make_grpo_evaluation, make_grpo_step
 from qwen_jax.training.loop import train
@@ -38,6 +39,7 @@ from qwen_jax.training.placement import in_step, loader_share, to_devices
 from qwen_jax.training.report import draw_curve, known_peak, open_sinks
 from qwen_jax.training.run_options import RunOptions
 from qwen_jax.training.score_bias import fit_biases
+from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import (
     TrainState,
     init_train_state,
@@ -90,7 +92,8 @@ def run(
     state, optimiser = _state(options, model, params, trained, goal)
     state = state.replace(beside=goal.beside)
     del params
-    step = make_train_step(model, optimiser, options.step, state, goal.objective)
+    step_options = _with_domains(options.step, options.data)
+    step = make_train_step(model, optimiser, step_options, state, goal.objective)
     place = functools.partial(to_devices, mesh=model.mesh)
     if options.grpo is not None:
         step = make_grpo_step(
@@ -224,7 +227,7 @@ def _evaluation(
             model, tokenizer, data, options.grpo, options.step.dtype, _generation_defaults(options)
         )
         return lambda state: answer(state, make_loader(data, tokenizer, *share, goal.eval_form))
-    loss = make_evaluation(model, options.step, goal.objective)
+    loss = make_evaluation(model, _with_domains(options.step, data), goal.objective)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = in_step(make_loader(data, tokenizer, *share, goal.eval_form))
@@ -235,6 +238,12 @@ def _evaluation(
         )
 
     return evaluate
+
+
+def _with_domains(step: TrainOptions, data: DataOptions) -> TrainOptions:
+    """Step options whose figures of routers tell sources apart, where rows say theirs."""
+    balance = dataclasses.replace(step.balance, num_domains=num_domains(data))
+    return dataclasses.replace(step, balance=balance)
 
 
 def _generation_defaults(options: RunOptions) -> GenerationDefaults:

@@ -25,7 +25,6 @@ from qwen_jax.training.run import RunOptions, run
 from qwen_jax.training.run_options import ConfigChanges
 from qwen_jax.training.upcycle import UpcycleOptions
 from tests.sharding.models import CONFIGS
-from tests.sharding.models import CONFIGS
 from tests.tools.conftest import train_log
 from tools.config_flag import from_config
 
@@ -187,6 +186,25 @@ def test_experts_are_cut_of_what_was_pretrained(trained):
     assert training[0]["busiest_expert"] >= 1
     assert np.isfinite(evaluations[-1]["eval_balance_loss"])
     transformers.AutoModelForCausalLM.from_pretrained(workdir / "model")
+
+
+def test_experts_are_balanced_in_another_way(trained):
+    trained.chain("reasoning")
+    trained("upcycle", "upcycle", "small")
+    workdir = trained("moe_balance", "moe_balance", "loss_free,small")
+    training, evaluations = rows(workdir)
+    assert training[0]["router/max_vio"] >= 0 and "router/load" not in training[0]
+    assert np.isfinite(evaluations[-1]["eval_router/max_vio_batch"])
+    layers = [json.loads(line) for line in (workdir / "router.jsonl").open()]
+    shape = np.shape(next(row for row in layers if "router" in row)["router"]["load"])
+    assert shape == (config_of(workdir)["num_hidden_layers"], 8)
+    # What balances without a loss is part of the model.
+    assert config_of(workdir)["router_score_bias"] is True
+    model, params = qwen_jax.load_pretrained(workdir / "model")
+    biases = [params[name]["mlp"]["gate"]["score_bias"] for name in params if "layers_" in name]
+    moved = STEPS * 1e-3
+    assert model.config.moe.score_bias
+    assert all(0 < np.abs(bias).max() <= moved + 1e-6 for bias in biases)
 
 
 def test_a_student_learns_from_the_fine_tuned(trained):

@@ -1,5 +1,7 @@
 """Checkpoints of a state of three numbers: which stay, what they hold, and what damage leads to."""
 
+import json
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,22 @@ def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
         restored, step = checkpoints.restore(like, data)
     assert (step, int(next(data)), restored.beside) == (3, taken[-1], "as it came")
     jax.tree.map(np.testing.assert_array_equal, restored.replace(beside=None), state_of(3))
+
+
+def test_biases_that_steps_move_are_kept_and_told_of_only_where_there_are_some(tmp_path):
+    """Runs that began before there were biases go on."""
+    fields = {"step", "params", "opt_state", "frozen", "beside"}
+    for moved, names in ((None, fields), ({"bias": jnp.arange(3.0)}, fields | {"moved"})):
+        state = state_of(1).replace(moved=moved)
+        workdir = tmp_path / str(len(names))
+        with Checkpoints(workdir, keep=1) as checkpoints:
+            checkpoints.save(state, 1, numbers())
+        metadata = json.loads((workdir / "checkpoints/1/state/_METADATA").read_text())
+        paths = [leaf["key_metadata"] for leaf in metadata["tree_metadata"].values()]
+        assert {path[0]["key"] for path in paths} == names
+        with Checkpoints(workdir, keep=1) as checkpoints:
+            restored, _ = checkpoints.restore(jax.eval_shape(lambda s=state: s), numbers())
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_where_the_newest_is_damaged_the_one_before_is_taken(tmp_path):

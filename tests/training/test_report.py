@@ -128,6 +128,11 @@ def test_a_log_of_routers_goes_on_behind_the_checkpoint(tmp_path):
         sink.close()
     wanted = [*rows[:3], {"step": 4, "router": {"max_vio": [9.0]}}]
     assert read_log(tmp_path, "router.jsonl") == wanted
+    # And where it goes on without figures.
+    for sink in open_sinks(tmp_path, ReportOptions(), start=2, stop=9, settings={}):
+        sink.write(3, {"loss": 1.0})
+        sink.close()
+    assert read_log(tmp_path, "router.jsonl") == rows[:2]
 
 
 def test_a_log_goes_on_behind_the_checkpoint_and_without_what_a_kill_cut(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
@@ -56,8 +57,9 @@ class Batches(grain.DatasetIterator):
     """Batches for `Batch(**batch)`, [rows, length], with a state that goes into a checkpoint.
 
     Each has `input_ids`, `loss_weights`, `attention_mask`, `positions` and `segment_ids`, as
-    `packing.finish` has them; of a `Form` what it has. The last batch of the last epoch is filled
-    with rows of padding.
+    `packing.finish` has them; of a `Form` what it has. Where sources are mixed by weight, rows are
+    of one each, and `domains`, int32 [rows], is its number. The last batch of the last epoch is
+    filled with rows of padding.
 
     Attributes:
       counts: of the batches so far; part of the state.
@@ -147,6 +149,11 @@ def make_loader(
     rows = streams[0]
     if len(streams) > 1:
         weights = [source.weight for source in options.sources]
+        if form is None:
+            streams = [
+                stream.map(functools.partial(_of_domain, number))
+                for number, stream in enumerate(streams)
+            ]
         rows = grain.IterDataset.mix(streams, weights)
     # Rows of zeros are padding all through.
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=here)
@@ -156,6 +163,16 @@ def make_loader(
         ahead = 2 + options.packing_rows // here
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
     return Batches(batches)
+
+
+def _of_domain(number: int, row: Arrays) -> Arrays:
+    return {**row, "domains": np.int32(number)}
+
+
+def num_domains(options: DataOptions) -> int:
+    """How many domains the rows of batches are said to be of; 0 where nothing is said."""
+    weighted = options.sources[0].weight is not None and len(options.sources) > 1
+    return len(options.sources) if weighted else 0
 
 
 def _check_form(options: DataOptions, rows: int, form: Form) -> None:

@@ -268,6 +268,7 @@ def test_weights_are_shares_of_the_rows(load, tokenizer, pack):
     opening = tokenizer.added_tokens["<|im_start|>"]
     chats = np.concatenate([(batch["input_ids"] == opening).any(1) for batch in rows])
     assert chats.mean() == 0.75
+    np.testing.assert_array_equal(np.concatenate([batch["domains"] for batch in rows]), chats)
     # All along, not only in the end.
     for part in np.split(chats, 6):
         assert abs(part.mean() - 0.75) <= 0.05
