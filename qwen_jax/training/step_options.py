@@ -3,7 +3,8 @@
 import dataclasses
 from typing import get_args
 
-from qwen_jax.nn.router import RouterOptions
+from qwen_jax.errors import UserError
+from qwen_jax.nn.router import Assignment, RouterOptions
 from qwen_jax.training.balancing import BalanceOptions
 from qwen_jax.training.checks import Bounds, check_fields
 from qwen_jax.training.layers import Remat
@@ -56,3 +57,8 @@ class TrainOptions:
             block_size=some,
             microbatches=some,
         )
+        if self.router.assignment == Assignment.EXPERT_CHOICE and self.balance.form == "first":
+            raise UserError(
+                "balance.form = first: with router.assignment = expert_choice no expert of a token "
+                "is its first; take form = all"
+            )

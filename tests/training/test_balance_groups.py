@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.errors import UserError
-from qwen_jax.nn.router import limit_capacity, route
+from qwen_jax.nn.router import Assignment, RouterOptions, limit_capacity, route
 from qwen_jax.sharding.axes import Layout, as_mesh
 from qwen_jax.training.balancing import (
     BalanceOptions,
@@ -513,3 +513,10 @@ def test_groups_of_rows_that_an_objective_makes_itself_are_refused(group):
 def test_options_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=f"^{message}"):
         BalanceOptions(**fields)
+
+
+def test_where_experts_choose_there_is_no_first_choice():
+    router = RouterOptions(Assignment.EXPERT_CHOICE)
+    TrainOptions(router=router)
+    with pytest.raises(UserError, match="form = first: with router"):
+        TrainOptions(router=router, balance=BalanceOptions(form="first"))

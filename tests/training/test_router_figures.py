@@ -23,6 +23,7 @@ from tests.sharding.models import CONFIGS, one_device, random_batch
 
 L, B, T, E, K = 2, 6, 9, 8, 3
 SPEC = MoeSpec((0, 1), E, K, intermediate_size=8, renormalise=True)
+# Of the second of four there is no row.
 DOMAINS = np.array([0, 2, 2, 0, 3, 2])
 
 
@@ -202,8 +203,9 @@ def figures_by_hand(logits, experts, micro, domains):
     pairs = together(experts)
     shares = [pairs[a, b] / max(pairs[a, a], 1) for a in range(E) for b in range(E) if a != b]
     found["pair_share"] = max(shares)
-    joint = [np.bincount(experts[domains == d].ravel(), minlength=E) for d in range(4)]
-    found["domain_information"] = information(np.stack(joint))
+    joint = np.stack([np.bincount(experts[domains == d].ravel(), minlength=E) for d in range(4)])
+    found["domain_information"] = information(joint)
+    found["domain_share"] = np.stack([loads / max(loads.sum(), 1) for loads in joint])
     return found
 
 
