@@ -13,7 +13,7 @@ from experiments.intervals import Estimate, difference
 from experiments.moe_balance import pictures
 from experiments.moe_balance.arms import GLOBAL, LOSS_FREE, MICRO, NONE
 from experiments.moe_balance.domains import DOMAINS, LOW_ENTROPY, entropy_rate
-from experiments.moe_balance.effects import LOSS, by_seed, findings, losses_of
+from experiments.moe_balance.effects import LOSS, LOSSES, by_seed, findings, losses_of
 from experiments.moe_balance.published import PUBLISHED, SWITCHED
 from experiments.moe_balance.study import Result
 from experiments.moe_balance.training import Sizes
@@ -49,7 +49,9 @@ def write_report(workdir: Path, sizes: Sizes, results: Sequence[Result]) -> str:
     seeds = sorted({result.seed for result in results})
     found = findings(results)
     _draw(workdir, results, arms, found)
-    rows = [_row(result) for result in results]
+    # More experts can be shared by more devices.
+    names = list(dict.fromkeys(name for result in results for name in result.figures))
+    rows = [_row(result, names) for result in results]
     write_records(workdir / "results", rows, origin=None)
     if found:
         write_records(workdir / "effects", [finding.row() for finding in found], origin=None)
@@ -72,6 +74,7 @@ def write_report(workdir: Path, sizes: Sizes, results: Sequence[Result]) -> str:
         "differences, or the texts' where that is wider; with one seed figures have none.",
         "",
         "![differences with their intervals](effects.png)",
+        "![the same of losses](effects_loss.png)",
         "",
         "## All arms",
         "",
@@ -121,8 +124,8 @@ def write_report(workdir: Path, sizes: Sizes, results: Sequence[Result]) -> str:
     return text
 
 
-def _row(result: Result) -> dict[str, object]:
-    own = {name: result.figure(name) for name in result.figures}
+def _row(result: Result, names: Sequence[str]) -> dict[str, object]:
+    own = {name: result.figure(name) if name in result.figures else None for name in names}
     head = {"arm": result.arm, "seed": result.seed, "steps": result.steps, "loss": result.loss}
     trained = None if result.trained_losses is None else float(np.mean(result.trained_losses))
     return {**head, **own, "trained_loss": trained, "seconds": result.seconds}
@@ -278,8 +281,14 @@ def _draw(
 ) -> None:
     shown = [arm for arm in _SHOWN if arm in arms]
     first = {arm: next(r for r in results if r.arm == arm) for arm in arms}
-    if found:
-        draw_findings(found, workdir / "effects.png", "difference: MaxVio, bits or nats")
+    of_loss = [f for f in found if f.effect.one.figure in LOSSES]
+    others = [f for f in found if f not in of_loss]
+    for own, name, what in (
+        (others, "effects.png", "difference: MaxVio, or bits of information"),
+        (of_loss, "effects_loss.png", "difference: nats a token"),
+    ):
+        if own:
+            draw_findings(own, workdir / name, what)
     pictures.draw_loads({arm: first[arm].loads for arm in shown}, workdir / "loads.png")
     loss = f"loss, difference to {NONE} in nats a token"
     points = {arm: _point(results, arm) for arm in arms}

@@ -248,6 +248,7 @@ def _train(
             checkpoints,
             lambda start: open_sinks(directory, ReportOptions(every=LOG_EVERY), start, steps, {}),
             evaluate=evaluate,
+            every=LOG_EVERY,
         )
     # What comes next would take a model for what it is not yet.
     command_line.leave_if_stopped(done, steps)

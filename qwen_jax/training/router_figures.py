@@ -5,7 +5,7 @@ reads. Loads are [..., E], how many choices each expert got.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,11 @@ Figures = dict[str, jax.Array]
 
 def max_violation(loads: jax.Array) -> jax.Array:
     """MaxVio [...]: by what part of the mean load the largest is above it (arXiv 2408.15664)."""
-    mean = loads.mean(axis=-1)
-    return jnp.where(mean > 0, loads.max(axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0)
+    # Counts times E may be more than an int32 holds.
+    loads = loads.astype(jnp.float32)
+    total = loads.sum(axis=-1)
+    multiple = loads.max(axis=-1) * loads.shape[-1] / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, multiple - 1, 0)
 
 
 def load_entropy(loads: jax.Array) -> jax.Array:
@@ -81,9 +84,11 @@ def information(counts: jax.Array) -> jax.Array:
     Of domains and experts it is how far the experts specialise: 0 where each domain uses all alike.
     """
     joint = counts.astype(jnp.float32)
-    flat = joint.reshape(*joint.shape[:-2], -1)
-    found = _entropy(joint.sum(axis=-1)) + _entropy(joint.sum(axis=-2)) - _entropy(flat)
-    return found / math.log(2)
+    total = joint.sum(axis=(-2, -1), keepdims=True)
+    joint /= jnp.where(total > 0, total, 1)
+    apart = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
+    ratio = jnp.where(joint > 0, joint, 1) / jnp.where(joint > 0, apart, 1)
+    return jnp.sum(joint * jnp.log2(ratio), axis=(-2, -1))
 
 
 def co_activation(together: jax.Array) -> jax.Array:
@@ -129,7 +134,7 @@ def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
         "dead_experts": dead_experts(loads).astype(jnp.float32),
     }
     if "micro" in sums.groups:
-        figures["max_vio_micro"] = _mean_over_groups(max_violation, sums.groups["micro"].counts)
+        figures["max_vio_micro"] = _mean_violation(sums.groups["micro"].counts)
     for factor in CAPACITY_FACTORS:
         figures[f"drop_{factor:g}"] = dropped_share(loads, factor)
     for devices in shared_devices(spec.num_experts):
@@ -163,10 +168,10 @@ def over_batches(whole: Figures, each: Sequence[Figures]) -> Figures:
     return found | {"max_vio_batch": own["max_vio"], "max_vio": whole["max_vio"]}
 
 
-def _mean_over_groups(figure: Callable[[jax.Array], jax.Array], counts: jax.Array) -> jax.Array:
-    """The mean of a figure of loads [..., G, E] over the groups that have any."""
+def _mean_violation(counts: jax.Array) -> jax.Array:
+    """MaxVio of loads [..., G, E], the mean over the groups that have any."""
     some = counts.sum(axis=-1) > 0
-    return jnp.sum(figure(counts) * some, axis=-1) / jnp.maximum(some.sum(axis=-1), 1)
+    return max_violation(counts).sum(axis=-1) / jnp.maximum(some.sum(axis=-1), 1)
 
 
 def _entropy(weights: jax.Array) -> jax.Array:

@@ -18,7 +18,14 @@ from qwen_jax.models.decoder import parameter_shapes
 
 SIZES = Sizes(steps=10, hidden_size=16, layers=1, length=16)
 HALF = "micro 0.1 then global at 50%"
-SOME = (MICRO, HALF, "loss-free sign 0.001", "expert choice", "global 0.01 upcycled")
+SOME = (
+    MICRO,
+    HALF,
+    "loss-free sign 0.001",
+    "expert choice",
+    "global 0.01 fine-grained",
+    "global 0.01 upcycled",
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +76,12 @@ def test_every_arm_is_trained_and_measured_on_the_same_texts(done):
     first = results[0]
     for result in results:
         assert result.domains == first.domains and len(result.losses) == len(first.losses)
+        experts = next(arm.experts for arm in arms if arm.name == result.arm)
+        E, k = experts.num_experts, experts.num_experts_per_tok
         shape = np.shape(result.by_domain)
-        assert shape == (1, 8, 16) and np.shape(result.together) == (1, 16, 16)
-        # Two choices of each token.
+        assert shape == (1, 8, E) and np.shape(result.together) == (1, E, E)
         tokens = len(result.losses) * SIZES.length
-        assert np.sum(result.by_domain) == np.trace(result.together[0]) == 2 * tokens
+        assert np.sum(result.by_domain) == np.trace(result.together[0]) == k * tokens
         assert result.history[-1]["saturation"] == 1 and result.history[-1]["step"] == 10
         assert result.history[-1]["loss"] == pytest.approx(result.loss, abs=1e-4)
     steps = [row["step"] for row in first.history]
@@ -150,7 +158,17 @@ def test_the_report_tells_of_all_arms_and_has_its_pictures(done, tmp_path):
     for arm in (NONE, *SOME):
         assert f"| {arm} |" in report
     assert "one model tells nothing of others" in report
-    pictures = ("effects", "trade", "loads", "history", "sweep", "domains", "layers", "together")
+    pictures = (
+        "effects",
+        "effects_loss",
+        "trade",
+        "loads",
+        "history",
+        "sweep",
+        "domains",
+        "layers",
+        "together",
+    )
     for name in pictures:
         assert f"({name}.png)" in report
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
