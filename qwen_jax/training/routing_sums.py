@@ -160,7 +160,7 @@ def _of_tokens(
     # Of a token without a choice, or with all experts, there is no such thing.
     margin = jnp.where(jnp.isfinite(least - best), least - best, 0)
     # 0 or 1, so that the products are exact up to 2**24 tokens.
-    flat = chosen.reshape(-1, chosen.shape[-1]).astype(jnp.float32)
+    ones = chosen.astype(jnp.float32)
     figures = (
         log_z - jnp.sum(probabilities * logits, axis=-1),
         probabilities.max(axis=-1),
@@ -169,4 +169,4 @@ def _of_tokens(
         log_z,
     )
     sums = (jnp.sum(figure, where=real) for figure in figures)
-    return TokenSums(*sums, together=(flat.T @ flat).astype(jnp.int32))
+    return TokenSums(*sums, together=jnp.einsum("bte,btf->ef", ones, ones).astype(jnp.int32))
