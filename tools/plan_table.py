@@ -202,6 +202,8 @@ def expected_traffic(row: Row) -> list[Sum]:
     table = D * config.vocab_size
     hidden = L * of_experts * tokens * 2 * D
     small = 2 * (moe.num_experts * D + 2 * D + 2 * config.head_dim)
+    # int32: how often each expert is chosen, in each row, and together with each other.
+    counts = 4 * moe.num_experts * (1 + row.batch + moe.num_experts)
     k = moe.num_experts_per_tok
     choices, weights = (L * of_experts * tokens * size * k for size in (4, 2))
     return [
@@ -232,10 +234,10 @@ def expected_traffic(row: Row) -> list[Sum]:
             True,
             2 * of_fsdp * (L * narrow + (2 + 4) * table)
             + 2 * of_experts * (L * attention + (2 + 4) * table) / mesh["fsdp"]
-            + 2 * (devices - 1) / devices * L * small,
+            + 2 * (devices - 1) / devices * L * (small + counts),
             "gradients of keys, values, embeddings and, in float32, the head, which XLA sums whole "
             "over `fsdp` before each chip takes its part; these and those of attention then over "
-            "`expert`; norms and routers over both",
+            "`expert`; norms, routers and counts of experts' use over both",
         ),
     ]
 
