@@ -24,8 +24,6 @@ Small, on two cores, behind `upcycle.py:small`, whose model has 8 experts:
 
     python -m tools.train --config=configs/train/moe_balance.py:global,small \\
         --workdir=runs/small/global
-
-Under a minute.
 """
 
 import dataclasses

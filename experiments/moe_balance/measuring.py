@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.training.balancing import DOMAIN
-from qwen_jax.training.router_figures import over_batches, router_figures
+from qwen_jax.training.router_figures import of_batch, over_batches, router_figures
 from qwen_jax.training.routing_sums import ALL_TOKENS, Grouping, RouterSums, sum_routing
 
 # Tokens of a row whose logits are held at once.
@@ -104,7 +104,7 @@ class Reader:
         routings = [routing for routing in out.router if routing is not None]
         sums = [sum_routing(routing, real, groupings, each=True) for routing in routings]
         sums = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
-        figures = router_figures(sums, model.config.moe)
+        figures = of_batch(router_figures(sums, model.config.moe))
         experts = jnp.stack([routing.experts for routing in routings])
         return self._nats(params, out.hidden_states[-1], ids, real), sums, figures, experts
 

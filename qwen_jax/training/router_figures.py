@@ -157,11 +157,20 @@ def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
     return figures
 
 
+# What is of a batch, or of its parts, by itself.
+_OF_BATCH = ("max_vio", "max_vio_micro")
+
+
+def of_batch(figures: Figures) -> Figures:
+    """The figures of a batch that those of several together do not tell."""
+    return {name: figures[name] for name in _OF_BATCH if name in figures}
+
+
 def over_batches(whole: Figures, each: Sequence[Figures]) -> Figures:
     """Figures of several batches together, beside the means of what is of one by itself."""
     own = {
         name: jnp.mean(jnp.stack([figures[name] for figures in each]), axis=0)
-        for name in ("max_vio", "max_vio_micro")
+        for name in _OF_BATCH
         if name in whole
     }
     found = {**whole, **own}

@@ -29,7 +29,7 @@ from qwen_jax.training.batch import in_parts
 from qwen_jax.training.forward import with_groups
 from qwen_jax.training.objective import NEXT_TOKEN, Metrics, Objective, check_no_token_losses
 from qwen_jax.training.partition import Trained, combine, partition
-from qwen_jax.training.router_figures import over_batches
+from qwen_jax.training.router_figures import of_batch, over_batches
 from qwen_jax.training.score_bias import is_score_bias, move, take_apart
 from qwen_jax.training.stacking import (
     Params,
@@ -353,24 +353,27 @@ def make_evaluation(
             batch = with_groups(model, batch, options)
         sums = objective.loss(model, params, batch, options, None, beside)[1]
         metrics = objective.metrics(model, sums, options)
-        return sums, {name: metrics[name] for name in ("balance_loss", "router") if name in metrics}
+        own = {name: metrics[name] for name in ("balance_loss",) if name in metrics}
+        return sums, own | of_batch(metrics.get("router", {}))
 
     compiled = jax.jit(run)
 
     def evaluate(params: Params, batches: Iterable[Any], beside: Any = None) -> dict[str, Any]:
-        found = [compiled(params, beside, batch) for batch in batches]
-        sums = functools.reduce(
-            lambda a, b: jax.tree.map(jnp.add, a, b), (sums for sums, _ in found)
-        )
+        # Sums are as large as all pairs of experts: those of one batch at a time.
+        sums, found = None, []
+        for batch in batches:
+            more, own = compiled(params, beside, batch)
+            sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+            found.append(own)
         metrics = objective.metrics(model, sums, options)
         for name in ("expert_counts", "score_bias_moves"):
             metrics.pop(name, None)
         figures = metrics.pop("router", None)
         if "balance_loss" in metrics:
-            metrics["balance_loss"] = np.mean([own["balance_loss"] for _, own in found])
+            metrics["balance_loss"] = np.mean([own["balance_loss"] for own in found])
         evaluated = {f"eval_{name}": float(value) for name, value in metrics.items()}
         if figures is not None:
-            evaluated["eval_router"] = over_batches(figures, [own["router"] for _, own in found])
+            evaluated["eval_router"] = over_batches(figures, found)
         return evaluated
 
     return evaluate
