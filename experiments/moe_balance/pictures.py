@@ -117,19 +117,9 @@ def draw_layers(
       names: figure -> what its axis says.
       path: of the picture.
     """
-    columns = min(3, len(names))
-    figure, panels = _panels(-(-len(names) // columns), columns, 3.8, 2.8)
-    for axes in panels.flat[len(names) :]:
-        axes.set_visible(False)
-    for axes, (name, label) in zip(panels.flat, names.items(), strict=False):
-        for i, (model, own) in enumerate(figures.items()):
-            values = own[name]
-            axes.plot(range(len(values)), values, marker=".", label=model, **line_style(i))
-        axes.set(xlabel="layer", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(True, alpha=0.3)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
-    save(figure, path)
+    count = len(next(iter(next(iter(figures.values())).values())))
+    by_layer = {model: {"layer": range(count), **own} for model, own in figures.items()}
+    _draw_lines(by_layer, names, "layer", path)
 
 
 def draw_together(pairs: Mapping[str, np.ndarray], path: Path) -> None:
@@ -196,14 +186,23 @@ def draw_history(
       names: figure -> what its axis says.
       path: of the picture.
     """
+    _draw_lines(lines, names, "step", path)
+
+
+def _draw_lines(
+    lines: Mapping[str, Mapping[str, Sequence[float]]], names: Mapping[str, str], x: str, path: Path
+) -> None:
+    """A panel for each of `names`, with a line over the figure `x` for each model or arm."""
     columns = min(3, len(names))
-    figure, panels = _panels(-(-len(names) // columns), columns, 3.8, 3.2)
+    figure, panels = _panels(-(-len(names) // columns), columns, 3.8, 3)
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
+    marker = "." if x == "layer" else None
     for axes, (name, label) in zip(panels.flat, names.items(), strict=False):
-        for i, (arm, own) in enumerate(lines.items()):
-            axes.plot(own["step"], own[name], label=arm, linewidth=1.2, **line_style(i))
-        axes.set(xlabel="step", ylabel=label)
+        for i, (line, own) in enumerate(lines.items()):
+            axes.plot(own[x], own[name], marker=marker, label=line, **line_style(i))
+        axes.set(xlabel=x, ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True, alpha=0.3)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     save(figure, path)
