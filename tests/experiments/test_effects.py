@@ -9,17 +9,13 @@ import pytest
 from experiments.intervals import difference
 from experiments.long_context.compare import Side, write_comparison
 from experiments.long_context.effects import EFFECTS, findings
-from experiments.long_context.records import (
-    add_scores,
-    cut_tail,
-    read_scores,
-    read_settings,
-    settle,
-)
+from experiments.long_context.records import add_scores, read_scores
 from experiments.long_context.scoring import Score
 from experiments.long_context.small_model import SmallModel
 from experiments.long_context.small_report import named_scores, write_small_report
 from experiments.long_context.small_study import FINE_TUNED, TUNED, methods
+from experiments.results import cut_tail
+from experiments.settings import read_settings, settle
 from qwen_jax.errors import UserError
 from qwen_jax.rope_scaling import parse_rope_flag
 
