@@ -37,10 +37,7 @@ def run(main: Callable[[], None], alone: bool = True) -> None:
         sys.exit("standard output is closed; nothing could be written")
     # A model writes all of Unicode, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8")
-    # One plain line a warning, and none of the runtime's remarks about devices that are not there.
-    warnings.showwarning = lambda message, *_: print(
-        f"warning: {_one_line(message)}", file=sys.stderr
-    )
+    quiet()
     try:
         app.run(lambda _: _quietly(main, alone), flags_parser=_parse)
     except UserError as error:
@@ -61,6 +58,14 @@ def run(main: Callable[[], None], alone: bool = True) -> None:
         if reason is None:
             raise
         sys.exit(reason)
+
+
+def quiet() -> None:
+    """One plain line a warning, and none of the runtime's remarks about devices not there."""
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {_one_line(message)}", file=sys.stderr
+    )
+    logging.set_verbosity(logging.WARNING)
 
 
 def path(flag: flags.FlagHolder) -> Path:
@@ -108,7 +113,6 @@ def slurm_tasks() -> int:
 
 
 def _quietly(main: Callable[[], None], alone: bool) -> None:
-    logging.set_verbosity(logging.WARNING)
     if alone and slurm_tasks() > 1:
         raise UserError(f"Slurm runs this {slurm_tasks()} times; start it in one task (srun -n1)")
     main()

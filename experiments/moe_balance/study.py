@@ -4,6 +4,7 @@ For each seed every arm is trained and measured on the same held-out texts, on t
 end, with routers at rest: each token takes its likeliest experts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from experiments.moe_balance.arms import MICROBATCH_ROWS, Arm
+from experiments.moe_balance.arms import ARMS, MICROBATCH_ROWS, Arm
 from experiments.moe_balance.domains import DOMAINS, held_out_batches
 from experiments.moe_balance.measuring import Measured, Reader, saturation
 from experiments.moe_balance.training import (
@@ -24,6 +25,7 @@ from experiments.moe_balance.training import (
     train_arm,
 )
 from experiments.results import add_results, cut_tail, read_results
+from experiments.workers import run_jobs
 from qwen_jax.config import ModelConfig
 from qwen_jax.models.decoder import Decoder
 from qwen_jax.nn.router import Assignment, RouterOptions
@@ -86,6 +88,7 @@ def run(
     arms: Sequence[Arm],
     seeds: int,
     origin: Mapping[str, Any],
+    processes: int = 1,
 ) -> list[Result]:
     """Trains and measures what is missing in a workdir.
 
@@ -95,6 +98,7 @@ def run(
       arms: that are compared.
       seeds: how many models of each.
       origin: what the results are made with.
+      processes: that train arms at the same time, each on a core of its own.
 
     Returns:
       All results there.
@@ -104,21 +108,44 @@ def run(
     done = {(result.arm, result.seed) for result in read(workdir)}
     wanted = [(arm, seed) for seed in range(seeds) for arm in arms]
     left = [pair for pair in wanted if (pair[0].name, pair[1]) not in done]
-    bar = tqdm.tqdm(left, desc="arms", unit="arm", disable=None)
-    for arm, seed in bar:
-        bar.set_postfix_str(f"seed {seed}: {arm.name}")
-        add_results(workdir, [dataclasses.asdict(_measured(workdir, sizes, arm, seed))], origin)
+    work = functools.partial(_measured_together, workdir, sizes)
+    jobs = run_jobs(work, _jobs(workdir, sizes, left), processes)
+    bar = tqdm.tqdm(total=len(left), desc="arms", unit="arm", disable=None)
+    with contextlib.closing(jobs), bar:
+        for results in jobs:
+            add_results(workdir, map(dataclasses.asdict, results), origin)
+            bar.set_postfix_str(f"seed {results[-1].seed}: {results[-1].arm}")
+            bar.update(len(results))
     return read(workdir)
 
 
+def _jobs(
+    workdir: Path, sizes: Sizes, pairs: Sequence[tuple[Arm, int]]
+) -> list[list[tuple[Arm, int]]]:
+    """Arms and seeds in jobs; those that have phases in common, made once, are of one."""
+    jobs: list[tuple[set[Path], list[tuple[Arm, int]]]] = []
+    for arm, seed in pairs:
+        directories = {directory for _, directory, *_ in phases_of(workdir, sizes, arm, seed)}
+        for known, job in jobs:
+            if known & directories:
+                known |= directories
+                job.append((arm, seed))
+                break
+        else:
+            jobs.append((directories, [(arm, seed)]))
+    return [job for _, job in jobs]
+
+
 def read(workdir: Path) -> list[Result]:
-    """The results of a workdir.
+    """The results of a workdir, by seed, and in the order of the arms.
 
     Raises:
       UserError: they are of another version.
     """
     names = [field.name for field in dataclasses.fields(Result)]
-    return [Result(**row) for row in read_results(workdir, names)]
+    places = {arm.name: place for place, arm in enumerate(ARMS)}
+    results = [Result(**row) for row in read_results(workdir, names)]
+    return sorted(results, key=lambda r: (r.seed, places.get(r.arm, len(places))))
 
 
 @functools.cache
@@ -130,6 +157,12 @@ def _reader(config: ModelConfig, router: RouterOptions) -> Reader:
 def _held_out(seed: int, length: int) -> dict[str, np.ndarray]:
     batches = held_out_batches(seed, microbatch_rows=MICROBATCH_ROWS, length=length)
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+
+def _measured_together(
+    workdir: Path, sizes: Sizes, pairs: Sequence[tuple[Arm, int]]
+) -> list[Result]:
+    return [_measured(workdir, sizes, arm, seed) for arm, seed in pairs]
 
 
 def _measured(workdir: Path, sizes: Sizes, arm: Arm, seed: int) -> Result:

@@ -21,13 +21,14 @@ import optax
 from experiments.initial import draw_params
 from experiments.moe_balance.arms import MICROBATCH_ROWS, Arm, Experts, Phase
 from experiments.moe_balance.domains import VOCAB_SIZE, TrainingBatches
+from experiments.workers import is_worker
 from qwen_jax.config import LayerKind, ModelConfig, MoeSpec
 from qwen_jax.errors import UserError
 from qwen_jax.models.decoder import Decoder, parameter_shapes
 from qwen_jax.training.checkpoints import Checkpoints
 from qwen_jax.training.loop import LoopOptions, train
 from qwen_jax.training.optimisers import OptimiserOptions, make_optimiser
-from qwen_jax.training.report import ReportOptions, open_sinks
+from qwen_jax.training.report import Lines, ReportOptions, Sink, open_sinks
 from qwen_jax.training.step_options import TrainOptions
 from qwen_jax.training.train_step import TrainState, TrainStep, init_train_state, make_train_step
 from qwen_jax.training.upcycle import UpcycleOptions, upcycle
@@ -239,6 +240,12 @@ def _train(
     every: int,
 ) -> TrainState:
     steps = len(batches)
+
+    def sinks(start: int) -> list[Sink]:
+        if is_worker():
+            return [Lines(directory, start)]
+        return open_sinks(directory, ReportOptions(every=LOG_EVERY), start, steps, {})
+
     with Checkpoints(directory, keep=1) as checkpoints:
         state, done = train(
             step,
@@ -246,7 +253,7 @@ def _train(
             iter(grain.MapDataset.source(batches).to_iter_dataset()),
             LoopOptions(num_steps=steps, eval_every=every if evaluate else 0),
             checkpoints,
-            lambda start: open_sinks(directory, ReportOptions(every=LOG_EVERY), start, steps, {}),
+            sinks,
             evaluate=evaluate,
             every=LOG_EVERY,
         )
