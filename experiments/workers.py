@@ -4,15 +4,16 @@ A train step of a small model takes no longer on one core than on two, so that a
 are cores take the time of one.
 """
 
-import concurrent.futures
 import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 import jax
@@ -24,7 +25,7 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def default_processes() -> int:
+def default_workers() -> int:
     """As many as there are cores; on accelerators, which one process has for itself, one."""
     return len(_cores()) if jax.default_backend() == "cpu" else 1
 
@@ -34,7 +35,7 @@ def is_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], processes: int) -> Iterator[Done]:
+def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int) -> Iterator[Done]:
     """What `work` returns of each job, as they end; with one process in this one, in order.
 
     Where this process is told to stop, or a job fails, those that run are sent SIGTERM and waited
@@ -43,72 +44,98 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], processes: int) -
     Args:
       work: can be pickled, as can jobs and what it returns.
       jobs: that need nothing of each other.
-      processes: that run at the same time.
+      workers: processes that run at the same time.
 
     Raises:
       UserError: there are several processes for accelerators, or one was killed.
     """
-    if processes > 1 and jax.default_backend() != "cpu":
+    if workers > 1 and jax.default_backend() != "cpu":
         raise UserError(
-            f"--processes={processes}: one process has all of a {jax.default_backend()}; leave it "
-            "out"
+            f"--workers={workers}: one process has all of a {jax.default_backend()}; leave it out"
         )
-    if processes == 1 or len(jobs) < 2:
+    if workers == 1 or len(jobs) < 2:
         yield from map(work, jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    cores, running = context.SimpleQueue(), context.SimpleQueue()
-    processes = min(processes, len(jobs))
-    for number in range(processes):
-        cores.put(_cores()[number % len(_cores())])
-    cache = jax.config.jax_compilation_cache_dir
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, context, _begin, (cores, running, cache)
-    )
     before = signal.signal(signal.SIGTERM, _leave)
+    waiting = iter(jobs)
+    # A pipe to each, and no queue of all: who is killed while it holds that one's lock stops all.
+    processes: dict[Connection, SpawnProcess] = {}
+    busy = set()
     try:
-        # No more than run: what waits in the pool could not be called off.
-        waiting = iter(jobs)
-        futures = {pool.submit(work, job) for job in itertools.islice(waiting, processes)}
-        while futures:
-            done, futures = concurrent.futures.wait(
-                futures, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            futures |= {pool.submit(work, job) for job in itertools.islice(waiting, len(done))}
-            for future in done:
-                yield future.result()
-    except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while not running.empty():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(running.get(), signal.SIGTERM)
-        if isinstance(error, BrokenProcessPool):
-            raise UserError(
-                "a process of --processes was killed, for memory it may be; start again to go on, "
-                "with --processes=1 for less memory"
-            ) from None
-        raise
+        for core, job in zip(itertools.cycle(_cores()), itertools.islice(waiting, workers)):
+            pipe, process = _start(work, core)
+            processes[pipe] = process
+            pipe.send(job)
+            busy.add(pipe)
+        while busy:
+            for pipe in wait(busy):
+                result = _received(pipe)
+                busy.discard(pipe)
+                for job in itertools.islice(waiting, 1):
+                    pipe.send(job)
+                    busy.add(pipe)
+                yield result
     finally:
-        pool.shutdown()
+        # Once more would end what saves.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for process in processes.values():
+            process.terminate()
+        # What has saved waits for another job, or the end.
+        for pipe, process in processes.items():
+            pipe.close()
+            process.join()
         signal.signal(signal.SIGTERM, before)
+
+
+def _start(work: Callable[[Any], Any], core: int) -> tuple[Connection, SpawnProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    cache = jax.config.jax_compilation_cache_dir
+    process = context.Process(target=_serve, args=(theirs, work, core, cache))
+    process.start()
+    # Else a process that dies would leave the pipe open.
+    theirs.close()
+    return ours, process
+
+
+def _received(pipe: Connection) -> Any:
+    try:
+        result, error = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise UserError(
+            "a process of --workers was killed, for memory it may be; start again to go on, with "
+            "--workers=1 for less memory"
+        ) from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _serve(pipe: Connection, work: Callable[[Any], Any], core: int, cache: str | None) -> None:
+    """What a worker does until it is told to stop."""
+    # The first process is the one that the terminal's ^C is for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Before JAX counts the cores.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    jax.config.update("jax_compilation_cache_dir", cache)
+    command_line.quiet()
+    # The first process has gone where there is an end.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            job = pipe.recv()
+            try:
+                answer = work(job), None
+            except BaseException as error:
+                error.add_note(traceback.format_exc())
+                answer = None, error
+            pipe.send(answer)
 
 
 def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def _begin(cores: Any, running: Any, cache: str | None) -> None:
-    """Before a worker's first job, and before JAX counts its cores."""
-    # The first process is the one that the terminal's ^C is for.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    running.put(os.getpid())
-    core = cores.get()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-    jax.config.update("jax_compilation_cache_dir", cache)
-    command_line.quiet()
 
 
 def _leave(*_: Any) -> None:

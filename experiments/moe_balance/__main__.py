@@ -31,7 +31,7 @@ from experiments.moe_balance.texts import read_domains, rows_of
 from experiments.moe_balance.training import Sizes
 from experiments.results import no_results
 from experiments.settings import read_settings, settle
-from experiments.workers import default_processes
+from experiments.workers import default_workers
 from qwen_jax.checkpoint.hub import resolve_source
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import DTYPES, load_config
@@ -46,10 +46,11 @@ _ARMS = flags.DEFINE_list(
 _STEPS = flags.DEFINE_integer("steps", 500, "Of training, of small models.", lower_bound=10)
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 48, "Of small models.", lower_bound=8)
 _LAYERS = flags.DEFINE_integer("layers", 2, "Of small models.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer(
-    "processes",
+_WORKERS = flags.DEFINE_integer(
+    "workers",
     None,
-    "That train small models side by side; if not given one for each core, one on accelerators.",
+    "Processes that train small models side by side; if not given one for each core, one on "
+    "accelerators.",
     lower_bound=1,
 )
 _ANALYZE = flags.DEFINE_bool("analyze", False, "Look at the experts of --model.")
@@ -75,7 +76,7 @@ _COST = flags.DEFINE_bool("cost", False, "Time train steps with and without rout
 _REPEATS = flags.DEFINE_integer("repeats", 100, "Of --cost: steps of each.", lower_bound=10)
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report of the results there.")
 
-_OF_STUDY = (_SEEDS, _ARMS, _STEPS, _HIDDEN_SIZE, _LAYERS, _PROCESSES)
+_OF_STUDY = (_SEEDS, _ARMS, _STEPS, _HIDDEN_SIZE, _LAYERS, _WORKERS)
 _OF_ANALYSIS = (_MODEL, _DOMAINS, _TOKENS, _LENGTH, _BATCH_SIZE, _DTYPE, mesh_flag.MESH)
 # What a workdir's results are of, in its settings.
 _SIZES, _ANALYSED = "sizes", "analyzed"
@@ -120,8 +121,8 @@ def _run_study(workdir: Path) -> None:
     wanted = {_SIZES: dataclasses.asdict(sizes), "texts": texts_digest()}
     _check_kind(workdir, _SIZES)
     settle(workdir, wanted)
-    processes = _PROCESSES.value or default_processes()
-    study.run(workdir, sizes, arms, _SEEDS.value, _origin("float32"), processes)
+    workers = _WORKERS.value or default_workers()
+    study.run(workdir, sizes, arms, _SEEDS.value, _origin("float32"), workers)
     print(_report(workdir))
 
 

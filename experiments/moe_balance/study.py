@@ -88,7 +88,7 @@ def run(
     arms: Sequence[Arm],
     seeds: int,
     origin: Mapping[str, Any],
-    processes: int = 1,
+    workers: int = 1,
 ) -> list[Result]:
     """Trains and measures what is missing in a workdir.
 
@@ -98,7 +98,7 @@ def run(
       arms: that are compared.
       seeds: how many models of each.
       origin: what the results are made with.
-      processes: that train arms at the same time, each on a core of its own.
+      workers: processes that train arms at the same time, each on a core of its own.
 
     Returns:
       All results there.
@@ -109,7 +109,7 @@ def run(
     wanted = [(arm, seed) for seed in range(seeds) for arm in arms]
     left = [pair for pair in wanted if (pair[0].name, pair[1]) not in done]
     work = functools.partial(_measured_together, workdir, sizes)
-    jobs = run_jobs(work, _jobs(workdir, sizes, left), processes)
+    jobs = run_jobs(work, _jobs(workdir, sizes, left), workers)
     bar = tqdm.tqdm(total=len(left), desc="arms", unit="arm", disable=None)
     with contextlib.closing(jobs), bar:
         for results in jobs:

@@ -151,6 +151,21 @@ def test_a_run_that_was_cut_goes_on_and_ends_the_same(done, tmp_path):
     assert study.run(tmp_path, SIZES, few, 1, {}) == again and path.read_bytes() == before
 
 
+def test_arms_side_by_side_end_as_one_after_another(done, tmp_path):
+    _, arms, results = done
+    # Those that have phases in common among them, whose directory two may not write at once.
+    few = arms[:3]
+    beside = study.run(tmp_path, SIZES, few, 1, {}, workers=2)
+    assert [r.arm for r in beside] == [arm.name for arm in few]
+    for one, other in zip(beside, results, strict=False):
+        np.testing.assert_allclose(one.losses, other.losses, atol=2e-4)
+        assert [row["step"] for row in one.history] == [row["step"] for row in other.history]
+    # Whatever order they ended in, they are told of in that of the arms.
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
+    assert study.read(tmp_path) == beside
+
+
 def test_the_report_tells_of_all_arms_and_has_its_pictures(done, tmp_path):
     *_, results = done
     report = write_report(tmp_path, SIZES, results)
