@@ -276,9 +276,10 @@ def _train(
             iter(grain.MapDataset.source(texts).to_iter_dataset()),
             LoopOptions(num_steps=steps, eval_every=every),
             checkpoints,
-            lambda start: open_sinks(directory, ReportOptions(every=10), start, steps, {}),
+            lambda start: open_sinks(directory, ReportOptions(), start, steps, {}),
             schedule=make_schedule(options, len(texts)),
             evaluate=None if measure is None else lambda state: measure(state.params),
+            every=10,
         )
     # What comes next would take a model for what it is not yet.
     command_line.leave_if_stopped(done, steps)

@@ -244,7 +244,7 @@ def _train(
     def sinks(start: int) -> list[Sink]:
         if is_worker():
             return [Lines(directory, start)]
-        return open_sinks(directory, ReportOptions(every=LOG_EVERY), start, steps, {})
+        return open_sinks(directory, ReportOptions(), start, steps, {})
 
     with Checkpoints(directory, keep=1) as checkpoints:
         state, done = train(
