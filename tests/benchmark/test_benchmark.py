@@ -17,8 +17,9 @@ from qwen_jax.benchmark.works import TABLE, Work
 from qwen_jax.errors import UserError
 from qwen_jax.hf_config import load_config
 from qwen_jax.provenance import git_hash
+from tests.commands import ROOT
 from tests.reward_models import random_reward_model, save_reward_model
-from tests.tools.conftest import ROOT, refusal
+from tests.tools.conftest import refusal
 from tools.workloads.source import find_source
 
 FIGURES = [

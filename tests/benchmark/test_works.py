@@ -9,7 +9,7 @@ from qwen_jax.benchmark.limits import Limits
 from qwen_jax.benchmark.works import DECODE, PREFILL, TABLE, TRAIN, Work, decode_bytes
 from qwen_jax.hf_config import load_config
 from qwen_jax.sharding.flops import analytic_flops
-from tests.tools.conftest import ROOT
+from tests.commands import ROOT
 
 
 def config_of(model):

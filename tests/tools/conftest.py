@@ -1,16 +1,16 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import commands
+from tests.commands import ENVIRONMENT, ROOT
 from tests.reference import random_reference, save_reference
 from tests.text.chat_templates import QWEN3
 from tests.text.real_vocabulary import byte_characters
 
-ROOT = Path(__file__).parents[2]
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 DEFAULTS = {"do_sample": True, "temperature": 0.8, "top_k": 30, "max_new_tokens": 9}
 
@@ -53,29 +53,15 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """Compiled programs are shared with the tests."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }
+    return ENVIRONMENT
 
 
 @pytest.fixture(scope="session")
-def run_tool(environment):
+def run_tool():
     """Runs `python -m tools.NAME` with these arguments as a process of its own."""
 
-    def run(name: str, *arguments: str, stdin: str | bytes = "", **changes: str):
-        return subprocess.run(
-            [sys.executable, "-m", f"tools.{name}", *arguments],
-            cwd=ROOT,
-            env={**environment, **changes},
-            input=stdin,
-            capture_output=True,
-            encoding="utf-8" if isinstance(stdin, str) else None,
-            timeout=120,
-        )
+    def run(name: str, *arguments: str, **more) -> subprocess.CompletedProcess:
+        return commands.run(f"tools.{name}", *arguments, **more)
 
     return run
 

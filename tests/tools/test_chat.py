@@ -13,7 +13,8 @@ import pytest
 
 import qwen_jax
 from qwen_jax.inference.conversation import Conversation
-from tests.tools.conftest import ROOT, refusal
+from tests.commands import ROOT
+from tests.tools.conftest import refusal
 
 
 @pytest.fixture(scope="module")

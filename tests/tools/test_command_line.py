@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import safetensors.numpy
 
-from tests.tools.conftest import ROOT, refusal
+from tests.commands import ROOT
+from tests.tools.conftest import refusal
 
 
 def test_compiled_programs_are_kept_by_default(environment, checkpoint, tmp_path):

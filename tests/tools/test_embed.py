@@ -19,12 +19,13 @@ from transformers import (
 import qwen_jax
 from tests.checkpoint.quantised_layouts import quantise_directory
 from tests.checkpoint.test_quantised_models import LAYOUTS, is_linear
+from tests.commands import ROOT
 from tests.reference import random_reference, save_reference
 from tests.renderings.guard import random_guard, save_guard
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.text.chat_templates import QWEN25
 from tests.text.real_vocabulary import byte_characters
-from tests.tools.conftest import ADDED, ROOT, refusal
+from tests.tools.conftest import ADDED, refusal
 from tests.tools.test_generate import DRIVER
 
 TOLERANCE = 1e-4

@@ -14,8 +14,9 @@ from qwen_jax.evaluation.perplexity import measure_perplexity, read_text_ids
 from qwen_jax.evaluation.problems import held_out_problems
 from qwen_jax.evaluation.run import EvaluateOptions, check_options
 from qwen_jax.provenance import git_hash
+from tests.commands import ROOT
 from tests.reference import random_reference, save_reference
-from tests.tools.conftest import ROOT, refusal
+from tests.tools.conftest import refusal
 
 TEXT = "The river rises in the hills above the town, where snow lies until April.\n" * 3
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from qwen_jax.errors import UserError
-from tests.tools.conftest import ROOT, refusal
+from tests.commands import ROOT
+from tests.tools.conftest import refusal
 from tools.families import BEGIN, COLUMNS, END, FAMILIES, families_table, with_table
 
 TEST = "tests/tools/test_families.py::test_the_readme_is_current"

@@ -11,8 +11,9 @@ import pytest
 import qwen_jax
 from qwen_jax.config import RopeKind
 from qwen_jax.hf_rope import ROPE_OPTIONS
+from tests.commands import ROOT
 from tests.text.chat_templates import QWEN3
-from tests.tools.conftest import DEFAULTS, ROOT, refusal, start_tool
+from tests.tools.conftest import DEFAULTS, refusal, start_tool
 
 LONG = "a" * 301
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
