@@ -31,7 +31,7 @@ from qwen_jax.training.forward import (
     router_sums,
 )
 from qwen_jax.training.loss import cross_entropy
-from qwen_jax.training.router_figures import router_figures
+from qwen_jax.training.router_figures import pack, router_figures
 from qwen_jax.training.routing_sums import RouterSums
 from qwen_jax.training.score_bias import moves_of
 from qwen_jax.training.stacking import Params
@@ -279,7 +279,7 @@ def router_metrics(model: Decoder, router: RouterSums | None, options: TrainOpti
 
     Returns:
       "balance_loss", of the group that is balanced, and "router_z_loss", before their coefficients;
-      "expert_counts", int32 [sparse layers, E]; with figures "router", a dict of `router_figures`;
+      "expert_counts", int32 [sparse layers, E]; with figures "router", `router_figures`, packed;
       where biases are moved "score_bias_moves", float32 [sparse layers, E].
     """
     if router is None:
@@ -292,7 +292,7 @@ def router_metrics(model: Decoder, router: RouterSums | None, options: TrainOpti
         "expert_counts": router.counts,
     }
     if router.each is not None:
-        metrics["router"] = router_figures(router, spec)
+        metrics["router"] = pack(router_figures(router, spec))
     if balance.bias_rate:
         metrics["score_bias_moves"] = moves_of(router, balance)
     return metrics

@@ -136,7 +136,7 @@ class Reporter:
         counts, figures = metrics.pop("expert_counts", None), metrics.pop("router", None)
         row: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         if figures is not None:
-            row["router"] = figures
+            row["router"] = dict(figures)
         if counts is not None:
             # 1 where every layer uses its experts evenly, E where one expert has all tokens.
             row["busiest_expert"] = float(

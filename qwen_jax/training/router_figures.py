@@ -4,8 +4,9 @@ All are of counts or of `routing_sums`, for a batch in training, or for texts th
 reads. Loads are [..., E], how many choices each expert got.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,42 @@ _DEAD = 0.01
 CAPACITY_FACTORS = (1.0, 1.25, 2.0)
 _MOST_DEVICES = 64
 
-Figures = dict[str, jax.Array]
+Figures = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed(Figures):
+    """Figures in one array: each as an output of its own is 4 us of a step.
+
+    Attributes:
+      joined: float32 [n], all values.
+      shapes: names and shapes, in their order.
+    """
+
+    joined: jax.Array
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, name: str) -> jax.Array:
+        start = 0
+        for own, shape in self.shapes:
+            stop = start + math.prod(shape)
+            if own == name:
+                return self.joined[start:stop].reshape(shape)
+            start = stop
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def pack(figures: Figures) -> Packed:
+    """Figures of one type, as they are to leave a compiled function."""
+    joined = jnp.concatenate([figure.reshape(-1) for figure in figures.values()])
+    return Packed(joined, tuple((name, figure.shape) for name, figure in figures.items()))
 
 
 def max_violation(loads: jax.Array) -> jax.Array:

@@ -156,19 +156,21 @@ def _of_tokens(
     real: jax.Array,
 ) -> TokenSums:
     logits, probabilities, log_z = jax.lax.stop_gradient((logits, probabilities, log_z))
-    apart = logits - logits.mean(axis=-1, keepdims=True)
+    # Experts lead, so that the sums over them are of vectors of tokens.
+    by_expert, likely, taken = (jnp.moveaxis(a, -1, 0) for a in (logits, probabilities, chosen))
+    apart = by_expert - by_expert.mean(axis=0)
     # One pass over the experts for all of them: as reductions of their own they would take twice
     # the time.
     mean_logit, squares, least, best = jax.lax.reduce(
         (
-            probabilities * logits,
+            likely * by_expert,
             apart**2,
-            jnp.where(chosen, probabilities, jnp.inf),
-            jnp.where(chosen, -jnp.inf, probabilities),
+            jnp.where(taken, likely, jnp.inf),
+            jnp.where(taken, -jnp.inf, likely),
         ),
         (np.float32(0), np.float32(0), np.float32(np.inf), np.float32(-np.inf)),
         _add_add_min_max,
-        (logits.ndim - 1,),
+        (0,),
     )
     # Of a token without a choice, or with all experts, there is no such thing.
     margin = jnp.where(jnp.isfinite(least - best), least - best, 0)

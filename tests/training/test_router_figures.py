@@ -367,3 +367,18 @@ def test_an_evaluation_tells_all_batches_together_from_each_by_itself(model):
         assert ours["max_vio"][i] <= ours["max_vio_batch"][i] + 1e-6 < ours["max_vio_micro"][i]
     assert (ours["max_vio"] < ours["max_vio_batch"] - 1e-3).any()
     assert "eval_expert_counts" not in found
+
+
+def test_packed_figures_are_those_that_were_packed():
+    rng = np.random.default_rng(0)
+    shapes = {"load": (2, 3), "max_vio": (2,), "domain_share": (2, 4, 3), "none": (0,)}
+    given = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    packed = jax.device_get(
+        jax.jit(lambda: figures.pack({name: jnp.asarray(a) for name, a in given.items()}))()
+    )
+    assert list(packed) == list(given) and len(packed) == 4 and "other" not in packed
+    for name, figure in given.items():
+        np.testing.assert_array_equal(packed[name], figure)
+    with pytest.raises(KeyError, match="other"):
+        packed["other"]
+    assert jax.tree.leaves(packed)[0].shape == (2 * 3 + 2 + 2 * 4 * 3,)
