@@ -234,9 +234,15 @@ def silence_logs() -> Callable[[], None]:
       What ends that.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [logger.disabled for logger in loggers], sys.unraisablehook
+    before = [logger.disabled for logger in loggers]
+    hook, show = sys.unraisablehook, warnings.showwarning
     for logger in loggers:
         logger.disabled = True
+
+    def awaited(message: Warning | str, *more: Any) -> None:
+        # Writes that had not begun when another failed; they are warned of when they are collected.
+        if "was never awaited" not in str(message):
+            show(message, *more)
 
     def of_python(unraisable: Any) -> None:
         # TensorStore's threads speak up where the event loop that waited for them is closed.
@@ -244,11 +250,11 @@ def silence_logs() -> Callable[[], None]:
             hook(unraisable)
 
     def restore() -> None:
-        sys.unraisablehook = hook
+        sys.unraisablehook, warnings.showwarning = hook, show
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
 
-    sys.unraisablehook = of_python
+    sys.unraisablehook, warnings.showwarning = of_python, awaited
     return restore
 
 

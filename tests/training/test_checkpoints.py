@@ -1,6 +1,8 @@
 """Checkpoints of a state of three numbers: which stay, what they hold, and what damage leads to."""
 
+import gc
 import json
+import warnings
 
 import grain
 import jax
@@ -65,6 +67,28 @@ def test_without_a_measure_the_newest_stay(tmp_path):
             save(checkpoints, step)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps == [3, 4]
+
+
+def test_writes_that_a_failure_leaves_unbegun_are_not_warned_of(tmp_path, recwarn):
+    async def write():
+        pass
+
+    def leave_one():
+        write()
+        gc.collect()
+
+    warnings.simplefilter("always")
+    with Checkpoints(tmp_path, keep=1):
+        leave_one()
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["something else"]
+    leave_one()
+    assert len(recwarn) == 2
+    with pytest.raises(OSError), Checkpoints(tmp_path, keep=1):
+        raise OSError
+    # They may be collected as late as that.
+    leave_one()
+    assert len(recwarn) == 2
 
 
 def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
