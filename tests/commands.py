@@ -7,6 +7,7 @@ Python does. Nothing here defines flags or starts a thread or a backend.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,8 @@ def _serve() -> None:
     """Answers each line, a request, with the exit status; returns in a child that is to be it."""
     for name in _PRELOADED:
         importlib.import_module(name)
+    # A child that looks for garbage among all of it, as at its end, copies it and takes a second.
+    gc.freeze()
     threads = Path("/proc/self/task")
     assert not threads.exists() or len(list(threads.iterdir())) == 1, "a fork loses the others"
     # Not by sys.stdin, which a child is to find as new.

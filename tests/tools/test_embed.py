@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,14 +17,12 @@ from transformers import (
 import qwen_jax
 from tests.checkpoint.quantised_layouts import quantise_directory
 from tests.checkpoint.test_quantised_models import LAYOUTS, is_linear
-from tests.commands import ROOT
 from tests.reference import random_reference, save_reference
 from tests.renderings.guard import random_guard, save_guard
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.text.chat_templates import QWEN25
 from tests.text.real_vocabulary import byte_characters
 from tests.tools.conftest import ADDED, refusal
-from tests.tools.test_generate import DRIVER
 
 TOLERANCE = 1e-4
 STEP = "<extra_0>"
@@ -253,29 +249,25 @@ REFUSES = {
 
 
 @pytest.fixture(scope="module")
-def results(models, files, environment, tmp_path_factory):
+def results(models, files, run_tool, tmp_path_factory):
     """(workdir, exit status, stdout, stderr) of each command line above."""
     cases = {**WRITES, **{f"refuse {name}": case[:3] for name, case in REFUSES.items()}}
     root = tmp_path_factory.mktemp("workdirs")
     (root / "taken" / "embed").mkdir(parents=True)
     (root / "taken" / "embed" / "results.jsonl").write_text("precious")
-    lines = []
+    outcomes = {}
     for name, (model, file, more) in cases.items():
         # What is refused is refused before weights are read.
         if name.startswith("refuse "):
             model = f"weightless/{model}"
         places = {"taken": root / "taken", "file": files / f"{file}.jsonl"}
         source = [f"--model={models / model}", f"--input={files / file}.jsonl"]
-        lines.append([*source, f"--workdir={root / name}", *(f.format(**places) for f in more)])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER.replace("generate", "embed")],
-        cwd=ROOT, env=environment, input=json.dumps(lines), capture_output=True,
-        encoding="utf-8", timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
+        workdir = root / name
+        more = [argument.format(**places) for argument in more]
+        done = run_tool("embed", *source, f"--workdir={workdir}", *more)
+        outcomes[name] = (workdir, done.returncode, done.stdout, done.stderr)
     assert (root / "taken" / "embed" / "results.jsonl").read_text() == "precious"
-    return {name: (root / name, *out) for name, out in zip(cases, outcomes, strict=True)}
+    return outcomes
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import ast
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -61,34 +59,6 @@ TEMPLATES = {
 }
 INFILL = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
           "<|file_sep|>"]  # fmt: skip
-
-# Runs many command lines in one process, each as if it were alone.
-DRIVER = """
-import contextlib, io, json, sys
-from absl import flags
-from tools import command_line, generate
-
-def stream():
-    return io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-
-results = []
-for arguments in json.load(sys.stdin):
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
-    sys.argv = ["tools.generate", *arguments]
-    code, out, err = 0, stream(), stream()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            command_line.run(generate.main)
-        except SystemExit as end:
-            code = end.code or 0
-            if isinstance(code, str):
-                print(code, file=sys.stderr)
-                code = 1
-    out, err = (x.buffer.getvalue().decode() for x in (out, err))
-    results.append([code, out, err])
-print(json.dumps(results))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -258,27 +228,18 @@ REFUSES = {
 
 
 @pytest.fixture(scope="module")
-def results(files, models, environment):
+def results(files, models, run_tool):
     """(exit status, stdout, stderr) of each command line above."""
     cases = {**WRITES, **{f"refuse {name}": given for name, (given, _) in REFUSES.items()}}
     places = {"files": files, **models}
-    lines = []
-    for arguments in cases.values():
+    outcomes = {}
+    for name, arguments in cases.items():
         filled = [argument.format(**places) for argument in arguments]
-        has_model = any(argument.startswith("--model") for argument in filled)
-        lines.append(filled if has_model else [f"--model={models['good']}", *filled])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=ROOT,
-        env=environment,
-        input=json.dumps(lines),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip(cases, map(tuple, outcomes), strict=True))
+        if not any(argument.startswith("--model") for argument in filled):
+            filled.insert(0, f"--model={models['good']}")
+        done = run_tool("generate", *filled)
+        outcomes[name] = (done.returncode, done.stdout, done.stderr)
+    return outcomes
 
 
 @pytest.fixture(scope="module")
