@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import entr
 
 from qwen_jax.config import MoeSpec
 from qwen_jax.training.balancing import DOMAIN
@@ -67,41 +68,35 @@ def max_violation(loads: jax.Array) -> jax.Array:
     return jnp.where(total > 0, multiple - 1, 0)
 
 
-def load_entropy(loads: jax.Array) -> jax.Array:
-    """[...], of the shares of all choices, as a part of that of even use; 1 with one expert."""
-    E = loads.shape[-1]
-    return _entropy(loads) / math.log(E) if E > 1 else jnp.ones(loads.shape[:-1])
+def load_figures(loads: jax.Array) -> dict[str, jax.Array]:
+    """How even loads are, float32 [...] each.
 
-
-def load_variation(loads: jax.Array) -> jax.Array:
-    """[...], the coefficient of variation: standard deviation over mean."""
-    mean = loads.mean(axis=-1)
-    return jnp.std(loads, axis=-1) / jnp.where(mean > 0, mean, 1)
-
-
-def load_gini(loads: jax.Array) -> jax.Array:
-    """[...], Gini's coefficient: 0 for even use, 1 - 1 / E where one expert has all."""
-    E = loads.shape[-1]
-    ranked = jnp.sort(loads.astype(jnp.float32), axis=-1)
-    total = ranked.sum(axis=-1)
-    weighted = jnp.sum(ranked * (2 * jnp.arange(1, E + 1) - E - 1), axis=-1)
-    return weighted / (E * jnp.where(total > 0, total, 1))
-
-
-def dead_experts(loads: jax.Array) -> jax.Array:
-    """[...], how many experts have less than 1% of the mean load."""
-    return jnp.sum(loads < _DEAD * loads.mean(axis=-1, keepdims=True), axis=-1)
-
-
-def dropped_share(loads: jax.Array, capacity_factor: float) -> jax.Array:
-    """[...], what part of all choices an expert's capacity would drop, were there one.
-
-    The capacity is the even share times the factor, rounded up.
+    Returns:
+      "load_entropy", of the shares of all choices, as a part of that of even use, 1 with one
+      expert; "load_cv", the coefficient of variation, standard deviation over mean; "load_gini",
+      Gini's coefficient, 0 for even use and 1 - 1 / E where one expert has all; "dead_experts", how
+      many have less than 1% of the mean load; and "drop_" with a capacity factor, what part of all
+      choices an expert's capacity would drop, were there one: the even share times the factor,
+      rounded up.
     """
-    total = loads.sum(axis=-1)
-    capacity = jnp.ceil(capacity_factor * total / loads.shape[-1])[..., None]
-    over = jnp.maximum(loads - capacity, 0).sum(axis=-1)
-    return over / jnp.where(total > 0, total, 1)
+    E = loads.shape[-1]
+    loads = loads.astype(jnp.float32)
+    total = loads.sum(axis=-1, keepdims=True)
+    some = jnp.where(total > 0, total, 1)
+    shares = loads / some
+    terms = {
+        "load_entropy": entr(shares) / math.log(E) if E > 1 else jnp.ones_like(shares),
+        "load_cv": ((loads * E - total) / some) ** 2 / E,
+        "load_gini": jnp.sort(shares, axis=-1) * (2 * jnp.arange(1, E + 1) - E - 1) / E,
+        "dead_experts": loads < _DEAD * total / E,
+    }
+    for factor in CAPACITY_FACTORS:
+        over = loads - jnp.ceil(factor * total / E)
+        terms[f"drop_{factor:g}"] = jnp.maximum(over, 0) / some
+    # In the step of a small model a sum costs as much as its numbers: one for all.
+    sums = jnp.sum(jnp.stack([term.astype(jnp.float32) for term in terms.values()]), axis=-1)
+    figures = dict(zip(terms, sums, strict=True))
+    return figures | {"load_cv": jnp.sqrt(figures["load_cv"])}
 
 
 def overload(loads: jax.Array, devices: int) -> jax.Array:
@@ -151,28 +146,22 @@ def router_figures(sums: RouterSums, spec: MoeSpec) -> Figures:
       spec: of the layers.
 
     Returns:
-      "load" [L, E], as multiples of the even share; "max_vio", of micro-batches "max_vio_micro",
-      "load_entropy", "load_cv", "load_gini", "dead_experts", "drop_" with a capacity factor,
-      "overload_" with a number of devices, "router_entropy" (nats), "top_probability", "margin",
-      "logit_scale" (the root of the logits' mean variance over experts), "log_z", "pair_share" (the
-      largest part of an expert's tokens that another one shares), and where rows have domains
-      "domain_information" (bits) and "domain_share" [L, domains, E], what part of a domain's
-      choices each expert has.
+      "load" [L, E], as multiples of the even share; "max_vio", of micro-batches "max_vio_micro";
+      `load_figures`; "overload_" with a number of devices, "router_entropy" (nats),
+      "top_probability", "margin", "logit_scale" (the root of the logits' mean variance over
+      experts), "log_z", "pair_share" (the largest part of an expert's tokens that another one
+      shares), and where rows have domains "domain_information" (bits) and "domain_share" [L,
+      domains, E], what part of a domain's choices each expert has.
     """
     loads = sums.counts
     even = loads.mean(axis=-1, keepdims=True)
     figures = {
         "load": loads / jnp.where(even > 0, even, 1),
         "max_vio": max_violation(loads),
-        "load_entropy": load_entropy(loads),
-        "load_cv": load_variation(loads),
-        "load_gini": load_gini(loads),
-        "dead_experts": dead_experts(loads).astype(jnp.float32),
+        **load_figures(loads),
     }
     if "micro" in sums.groups:
         figures["max_vio_micro"] = _mean_violation(sums.groups["micro"].counts)
-    for factor in CAPACITY_FACTORS:
-        figures[f"drop_{factor:g}"] = dropped_share(loads, factor)
     for devices in shared_devices(spec.num_experts):
         figures[f"overload_{devices}"] = overload(loads, devices)
     if sums.each is not None:
@@ -217,10 +206,3 @@ def _mean_violation(counts: jax.Array) -> jax.Array:
     """MaxVio of loads [..., G, E], the mean over the groups that have any."""
     some = counts.sum(axis=-1) > 0
     return max_violation(counts).sum(axis=-1) / jnp.maximum(some.sum(axis=-1), 1)
-
-
-def _entropy(weights: jax.Array) -> jax.Array:
-    """[...], in nats, of weights [..., n] that need not sum to 1."""
-    total = weights.sum(axis=-1, keepdims=True)
-    shares = weights / jnp.where(total > 0, total, 1)
-    return jax.scipy.special.entr(shares).sum(axis=-1)
