@@ -69,6 +69,13 @@ def run(
     return subprocess.CompletedProcess(command, status, out, err)
 
 
+def only_line(text: str) -> str:
+    """What is written there, one line; a failure shows all of them."""
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n"), text
+    return text[:-1]
+
+
 @functools.cache
 def _server() -> subprocess.Popen:
     server = subprocess.Popen(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands
-from tests.commands import ENVIRONMENT, ROOT
+from tests.commands import ENVIRONMENT, ROOT, only_line
 from tests.reference import random_reference, save_reference
 from tests.text.chat_templates import QWEN3
 from tests.text.real_vocabulary import byte_characters
@@ -81,7 +81,6 @@ def refusal(result: subprocess.CompletedProcess) -> str:
     """The one line of a run that was refused."""
     assert result.returncode == 1, result
     assert result.stdout == ""
-    assert result.stderr.endswith("\n")
-    (line,) = result.stderr.splitlines()
+    line = only_line(result.stderr)
     assert "Traceback" not in line
     return line

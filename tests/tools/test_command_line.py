@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import safetensors.numpy
 
-from tests.commands import ROOT
+from tests.commands import ROOT, only_line
 from tests.tools.conftest import refusal
 
 
@@ -39,6 +39,6 @@ def test_weights_that_are_not_numbers_are_warned_of_or_refused(run_tool, checkpo
     assert "model.embed_tokens.weight" in line
     done = run_tool(*arguments)
     assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()
+    line = only_line(done.stderr)
     assert line.startswith("warning: ")
     assert "model.embed_tokens.weight" in line

@@ -9,7 +9,7 @@ import pytest
 import qwen_jax
 from qwen_jax.config import RopeKind
 from qwen_jax.hf_rope import ROPE_OPTIONS
-from tests.commands import ROOT
+from tests.commands import ROOT, only_line
 from tests.text.chat_templates import QWEN3
 from tests.tools.conftest import DEFAULTS, refusal, start_tool
 
@@ -431,7 +431,7 @@ def test_a_prompt_beyond_the_positions_runs_when_asked_for(results, written):
     assert written("longer, scaled")[0]["prompt_tokens"] == 301
     code, out, err = results["longer"]
     assert (code, json.loads(out)["prompt_tokens"]) == (0, 301)
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert line.startswith("warning: the text is longer than the model's 300 positions")
 
 
@@ -443,7 +443,7 @@ def test_bfloat16_runs(written):
 def test_bad_input_is_refused_in_one_line(results, files, models, name):
     code, out, err = results[f"refuse {name}"]
     assert (code, out) == (1, "")
-    (line,) = err.splitlines()
+    line = only_line(err)
     expected = REFUSES[name][1].format(files=files, **models)
     assert line.startswith(expected)
     assert len(line) < 400

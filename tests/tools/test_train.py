@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 import transformers
 
+from tests.commands import only_line
 from tests.reference import random_reference, save_reference
 from tests.tools.conftest import start_tool, train_log
 from tests.training.data.conftest import chat_file, text_file, write_tokenizer
@@ -190,7 +191,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_leaves_it_whole(
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
     code, _, err = finish(process)
     assert code == 1, err
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert f"{tmp_path / 'checkpoints'}: a checkpoint cannot be written" in line
     assert "make room there and start the run again" in line
     assert not (tmp_path / "model").exists()

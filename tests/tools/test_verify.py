@@ -11,6 +11,7 @@ from qwen_jax.checkpoint.conversion import convert
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.parity import compare_with_reference
 from qwen_jax.hf_config import write_hf_config
+from tests.commands import only_line
 from tests.reward_models import random_reward_model, save_reward_model
 from tests.tools.conftest import refusal
 
@@ -34,7 +35,7 @@ def test_a_difference_beyond_the_tolerance_fails(run_tool, checkpoint):
     result = run_tool("verify", f"--model={checkpoint}", "--tolerance=1e-12")
     assert result.returncode == 1
     assert len(result.stdout.splitlines()) == 6
-    (line,) = result.stderr.splitlines()
+    line = only_line(result.stderr)
     assert line.startswith(f"{checkpoint}: ")
     assert line.endswith("beyond --tolerance=1e-12")
 
