@@ -38,7 +38,8 @@ def load_pretrained(
     Args:
       source: a directory in Hugging Face or Orbax format, or a hub id such as `Qwen/Qwen3-0.6B`.
       dtype: of the parameters and activations: float32, bfloat16 or float16. None means float32
-        on CPU, whose other products are slow, and the checkpoint's own elsewhere.
+        on CPU, whose other products are slow, and the checkpoint's own elsewhere. Biases of
+        routers' scores are float32 in any.
       mesh: the devices that the parameters are spread over, as `sharding.axes.RULES` say: JAX's, or
         text such as "fsdp:4,tensor:2"; None for the default device. Each process reads what its own
         devices hold of a tensor, and all processes of the mesh call this.

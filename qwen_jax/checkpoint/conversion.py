@@ -84,7 +84,8 @@ def convert(
       source: a directory in Hugging Face or Orbax format, or a hub id.
       target: a directory that does not exist yet.
       target_format: "hf" for safetensors as transformers writes them, "orbax".
-      dtype: that tensors are cast to and config.json then declares; None keeps each as it is.
+      dtype: that tensors are cast to and config.json then declares, but for those that
+        `names.stays_float32`, which are kept; None keeps each as it is.
       quantize: int8 or int4, for the linear layers and experts, with `target_format` hf;
         embeddings, heads, routers and what else is small stay as they are. None for none.
       max_shard_size: of a safetensors file, in bytes.
@@ -115,7 +116,10 @@ def convert(
         tensors = merge_into(tensors, update, None if dtype is None else np.dtype(dtype))
     bad: set[str] = set()
     if dtype is not None:
-        tensors = {path: _cast(directory, tensor, dtype, bad) for path, tensor in tensors.items()}
+        tensors = {
+            path: tensor if names.stays_float32(path) else _cast(directory, tensor, dtype, bad)
+            for path, tensor in tensors.items()
+        }
     dense = sum(map(num_bytes, tensors.values()))
     with new_directory(target) as partial:
         _write_config(directory, partial, model.config, dtype, quantize)

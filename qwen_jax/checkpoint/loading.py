@@ -59,7 +59,7 @@ def load_params(
     Args:
       tensors: by their path in the tree.
       directory: that they come from, for messages.
-      dtype: of the parameters, packed ones aside.
+      dtype: of the parameters, those aside that are packed or that `names.stays_float32`.
       allow_nonfinite: whether NaN and infinite weights are warned of; else they are refused.
       shardings: where each parameter lies, by the same paths; all processes call this. Packed ones
         have theirs by the axes of the weight that they stand for. None for the default device.
@@ -82,10 +82,11 @@ def load_params(
         tensor = tensors[path]
         if tensor.quantised:
             return _load_packed(tensor, layouts.get(path), bad)
+        to = jnp.float32 if names.stays_float32(path) else dtype
         if shardings is None:
-            return jax.device_put(_read(tensor, dtype, bad))
+            return jax.device_put(_read(tensor, to, bad))
         return _place(
-            tensor.shape, dtype, shardings[path], lambda index: _read(tensor[index], dtype, bad)
+            tensor.shape, to, shardings[path], lambda index: _read(tensor[index], to, bad)
         )
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:

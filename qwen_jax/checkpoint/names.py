@@ -233,6 +233,9 @@ _DELTA_FLAT = [
     *_DELTA_COMMON,
 ]
 
+# In the tree, within a layer.
+SCORE_BIAS = "mlp/gate/score_bias"
+
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
 _FUSED = "mlp.experts.gate_up_proj"
 
@@ -248,7 +251,7 @@ def _fused_rows(part: int) -> Callable[[ModelConfig], Rows]:
 _FEED_FORWARD = [
     *_names("mlp.", "mlp/", _SWIGLU, present=_dense),
     *_names("mlp.", "mlp/", ["gate"], present=_sparse),
-    TensorName("mlp.gate.e_score_correction_bias", "mlp/gate/score_bias", _score_biased),
+    TensorName("mlp.gate.e_score_correction_bias", SCORE_BIAS, _score_biased),
     *(
         TensorName(
             f"mlp.experts.{{e}}.{name}.weight", f"mlp/experts/{name}/weight", _sparse,
@@ -478,6 +481,14 @@ def is_projection(path: Path) -> bool:
     and none of the small ones that make the gates of the delta rule.
     """
     return path[-1] == "weight" and path[-2].endswith("_proj") and path[-2][:2] not in ("a_", "b_")
+
+
+def stays_float32(path: Path) -> bool:
+    """Whether a parameter is float32 in models of every dtype.
+
+    Biases of routers' scores are: training moves them by less than bfloat16 can tell.
+    """
+    return "/".join(path).endswith(SCORE_BIAS)
 
 
 def layers_of_fused_experts(stored: Iterable[str]) -> set[str]:

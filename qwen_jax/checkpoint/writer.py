@@ -95,9 +95,10 @@ def save_pretrained(
 ) -> None:
     """Writes `params` and the config.json of `config` as a new Hugging Face directory.
 
-    The dtype in config.json is that of `params`, the wider one where they have several. They may be
-    sharded: a tensor is gathered at a time. Of several processes all call this, the first writes,
-    and all return when it has; each then holds a whole tensor on each of its devices.
+    The dtype in config.json is that of `params`, the widest one where they have several, those
+    aside that `names.stays_float32`. They may be sharded: a tensor is gathered at a time. Of
+    several processes all call this, the first writes, and all return when it has; each then holds
+    a whole tensor on each of its devices.
 
     Raises:
       UserError: `target` exists, or cannot be written; `params` are not those of `config`.
@@ -107,10 +108,11 @@ def save_pretrained(
     if is_first:
         check_vacant(target)
     check_tree(config, params, "params")
-    dtype = jnp.result_type(*{leaf.dtype for leaf in jax.tree.leaves(params)})
-    config = dataclasses.replace(config, dtype=dtype.name)
-    content = write_hf_config(config)
     tensors = tensors_of(config, params)
+    paths = {region.path for region in names.regions(config)}
+    dtypes = {names.leaf_at(params, p).dtype for p in paths if not names.stays_float32(p)}
+    config = dataclasses.replace(config, dtype=jnp.result_type(*dtypes).name)
+    content = write_hf_config(config)
     if is_first:
         with new_directory(target) as directory:
             write_json(directory / "config.json", content)

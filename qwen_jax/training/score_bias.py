@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.checkpoint.names import SCORE_BIAS
 from qwen_jax.config import ModelConfig
 from qwen_jax.models.decoder import parameter_shapes
 from qwen_jax.training.balancing import BalanceOptions, grouping_of
@@ -16,12 +17,10 @@ from qwen_jax.training.partition import partition
 from qwen_jax.training.routing_sums import RouterSums
 from qwen_jax.training.stacking import Params, stacked_names
 
-_NAME = "mlp/gate/score_bias"
-
 
 def is_score_bias(name: str) -> bool:
     """Of a slash-separated path, whether it is a bias of a router's scores."""
-    return name.endswith(_NAME)
+    return name.endswith(SCORE_BIAS)
 
 
 def take_apart(params: Any) -> tuple[Any, Any]:
@@ -84,7 +83,7 @@ def move(config: ModelConfig, biases: Params, moves: jax.Array) -> Params:
 
     def one(path: tuple[Any, ...], bias: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        names = [own.removesuffix(f"/{_NAME}") for own in stacked_names(name) or [name]]
+        names = [own.removesuffix(f"/{SCORE_BIAS}") for own in stacked_names(name) or [name]]
         if not all(own in rows for own in names):
             return bias
         return bias + jnp.stack([rows[own] for own in names]).reshape(bias.shape)

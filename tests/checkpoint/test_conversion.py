@@ -298,6 +298,24 @@ def test_biases_of_routers_scores_come_and_go(biased, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_biases_of_routers_scores_are_float32_in_models_of_any_dtype(biased, tmp_path):
+    source, biases = biased
+    convert(source, tmp_path / "converted", "hf", dtype="bfloat16")
+    convert(source, tmp_path / "orbax", "orbax", dtype="bfloat16")
+    model, params = qwen_jax.load_pretrained(source, dtype="bfloat16")
+    qwen_jax.save_pretrained(tmp_path / "saved", model.config, params)
+    for name in ("converted", "saved"):
+        tensors = stored(tmp_path / name)
+        assert_same_bits({key: tensors[key] for key in biases}, biases)
+        others = {tensors[key].dtype.name for key in tensors.keys() - biases.keys()}
+        assert others == {"bfloat16"}
+        assert load_config(tmp_path / name).dtype == "bfloat16"
+    for name, mesh in (("converted", None), ("orbax", None), ("saved", "expert:2")):
+        again = qwen_jax.load_pretrained(tmp_path / name, dtype="bfloat16", mesh=mesh)[1]
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), again, params)
+
+
 @pytest.mark.parametrize("said", [False, None])
 def test_biases_of_routers_scores_that_config_json_does_not_tell_of_are_refused(
     biased, refused, said
