@@ -85,7 +85,7 @@ def convert(
       target: a directory that does not exist yet.
       target_format: "hf" for safetensors as transformers writes them, "orbax".
       dtype: that tensors are cast to and config.json then declares, but for those that
-        `names.stays_float32`, which are kept; None keeps each as it is.
+        `names.stays_float32`; None keeps each as it is.
       quantize: int8 or int4, for the linear layers and experts, with `target_format` hf;
         embeddings, heads, routers and what else is small stay as they are. None for none.
       max_shard_size: of a safetensors file, in bytes.
@@ -116,10 +116,8 @@ def convert(
         tensors = merge_into(tensors, update, None if dtype is None else np.dtype(dtype))
     bad: set[str] = set()
     if dtype is not None:
-        tensors = {
-            path: tensor if names.stays_float32(path) else _cast(directory, tensor, dtype, bad)
-            for path, tensor in tensors.items()
-        }
+        kinds = {path: "float32" if names.stays_float32(path) else dtype for path in tensors}
+        tensors = {path: _cast(directory, tensors[path], to, bad) for path, to in kinds.items()}
     dense = sum(map(num_bytes, tensors.values()))
     with new_directory(target) as partial:
         _write_config(directory, partial, model.config, dtype, quantize)

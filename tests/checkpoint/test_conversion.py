@@ -316,6 +316,16 @@ def test_biases_of_routers_scores_are_float32_in_models_of_any_dtype(biased, tmp
         jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), again, params)
 
 
+def test_a_bias_of_routers_scores_that_is_not_a_number_is_named(biased, tmp_path):
+    source, biases = biased
+    tensors, name = stored(source), min(biases)
+    tensors[name][2] = np.nan
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="NaN") as caught:
+        convert(source, tmp_path / "converted", "hf", dtype="bfloat16")
+    assert name in str(caught[0].message)
+
+
 @pytest.mark.parametrize("said", [False, None])
 def test_biases_of_routers_scores_that_config_json_does_not_tell_of_are_refused(
     biased, refused, said
